@@ -1,0 +1,205 @@
+"""Everything a run can be told, in one dataclass; each field is a flag of `minicpgd train`.
+
+Names are TRL's where TRL has the field, so what is learned here holds there. A config is checked when it is made: one
+that exists can be run.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Literal, get_args
+
+from minicpgd.advantages import WEIGHTS
+from minicpgd.algorithms import AGGREGATIONS, ALGORITHMS, LEVELS
+from minicpgd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    algorithm: str = "cpgd"
+    """A row of `minicpgd.ALGORITHMS`: cpgd, grpo, rloo, reinforce_pp, ..."""
+    model: str = "embedded"
+    """The embedded model, a local folder, or a name on the model hub."""
+    task: str = "chain_arithmetic"
+    """Where problems come from: a name in `minicpgd.tasks.TASKS`."""
+    reward: str | None = None
+    """Your own reward function as module:function, with TRL's signature. None: the task's own."""
+    output_dir: str = "runs/{algorithm}-seed{seed}"
+    """The run's folder, which must not exist yet; {algorithm} and {seed} are filled in."""
+    seed: int = 0
+    """Decides every random draw of the run."""
+
+    max_steps: int = 60
+    """Rollouts in all. A step is one rollout and the K updates made on it."""
+    num_prompts: int = 16
+    """N: different prompts per rollout."""
+    num_generations: int = 16
+    """G: sampled responses per prompt."""
+    max_completion_length: int = 64
+    """Tokens a response may have; longer ones are cut."""
+    temperature: float = 1.0
+    """Divides the logits, when sampling and when scoring alike."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this probability. Below 1 sampling is off-policy."""
+    top_k: int = 0
+    """Sample from this many of the likeliest tokens. 0: from all; more is off-policy."""
+
+    num_minibatches: int = 4
+    """Parts a rollout is cut into; each makes one update per pass."""
+    num_iterations: int = 1
+    """Passes over a rollout. K = num_iterations * num_minibatches is how hard a rollout is used."""
+    learning_rate: float = 3e-4
+    """Of AdamW (0.9, 0.999), constant, no weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    micro_batch_size: int | None = None
+    """Responses per forward pass, to save memory. None: a whole minibatch. Gradients are the same."""
+
+    epsilon: float = 0.2
+    """Ratios are clipped below at 1 - epsilon."""
+    epsilon_high: float | None = None
+    """Ratios are clipped above at 1 + epsilon_high. None: the algorithm's own, else epsilon."""
+    drift_coef: float | Literal["auto"] = "auto"
+    """CPGD's alpha, the weight of the policy drift; auto: each rollout's largest |advantage| (our rule)."""
+    drift_clip: float = 2.0
+    """CPGD's c: the drift's gradient never exceeds it."""
+    beta: float = 0.0
+    """Weight of the KL to the model that training started from."""
+    advantage_weight: str | None = None
+    """One of equal, std, clip_filter. None: the algorithm's own."""
+    aggregation: str | None = None
+    """One of sequence_mean, token_mean, constant. None: the algorithm's own."""
+    importance_level: str | None = None
+    """Ratios of each token, a whole sequence, or its geometric mean, sequence_mean. None: the algorithm's own."""
+    mask_truncated_completions: bool = False
+    """Leave responses that were cut out of the loss."""
+
+    disable_dropout: bool = True
+    """Dropout makes the ratio differ from 1 before the first update."""
+    gradient_checkpointing: bool = False
+    """Recompute activations instead of keeping them: less memory, more time."""
+    chunk_size: int | None = None
+    """Tokens whose logits exist at once. None: all. Small saves memory where the vocabulary is large."""
+
+    eval_steps: int = 10
+    """Greedy accuracy on the held-out set every this many steps, and before the first and after the last."""
+    eval_problems: int = 256
+    """Size of the held-out set."""
+    save_steps: int = 10
+    """A checkpoint every this many steps, and after the last; two are kept."""
+    logging_steps: int = 10
+    """Sampled responses go to samples.jsonl every this many steps."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_names()
+        self._check_numbers()
+        self._check_together()
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir`, filled in."""
+        return Path(self.output_dir.replace("{algorithm}", self.algorithm).replace("{seed}", str(self.seed)))
+
+    @property
+    def num_responses(self) -> int:
+        """B = N * G, per rollout."""
+        return self.num_prompts * self.num_generations
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """K."""
+        return self.num_iterations * self.num_minibatches
+
+    def _check_types(self) -> None:
+        """A config from Python or JSON has no parser to refuse "16" or 16.5 for an int."""
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), get_args(field.type) or (field.type,)
+            wanted = kinds[0]
+            ok = type(value) is wanted or (wanted is float and type(value) is int)
+            if isinstance(value, float) and not math.isfinite(value):
+                ok = False
+            if not (ok or (value is None and NoneType in kinds) or (value == "auto" and field.name == "drift_coef")):
+                raise ConfigError(f"{field.name} = {value!r}: {wanted.__name__} expected")
+
+    def _check_names(self) -> None:
+        choices: dict[str, Iterable[str]] = {
+            "algorithm": ALGORITHMS,
+            "advantage_weight": WEIGHTS,
+            "aggregation": AGGREGATIONS,
+            "importance_level": LEVELS,
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                near = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(f"{name} = {value!r}: {hint}choose from {', '.join(known)}")
+
+    def _check_numbers(self) -> None:
+        at_least_one = (
+            "max_steps num_prompts num_generations max_completion_length num_minibatches num_iterations "
+            "micro_batch_size chunk_size eval_steps eval_problems save_steps logging_steps"
+        )
+        rules = [(name, lambda v: v >= 1, "at least 1") for name in at_least_one.split()]
+        rules += [
+            (name, lambda v: v > 0, "more than 0")
+            for name in ("temperature", "learning_rate", "max_grad_norm", "epsilon_high", "drift_clip")
+        ]
+        rules += [(name, lambda v: v >= 0, "at least 0") for name in ("seed", "top_k", "beta", "drift_coef")]
+        rules += [
+            ("epsilon", lambda v: 0 < v < 1, "between 0 and 1, both excluded: ratios are clipped at 1 - epsilon"),
+            ("top_p", lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+        ]
+        for name, holds, wanted in rules:
+            value = getattr(self, name)
+            if value is not None and value != "auto" and not holds(value):
+                raise ConfigError(f"{name} = {value}: it has to be {wanted}")
+
+    def _check_together(self) -> None:
+        algorithm = ALGORITHMS[self.algorithm]
+        if self.num_generations < 2 and (algorithm.advantage.__name__ != "batch_whitened" or self.num_prompts < 2):
+            raise ConfigError(
+                f"num_generations = {self.num_generations}: {self.algorithm} compares the responses to one prompt "
+                "with each other, so it needs at least 2"
+            )
+        if self.num_responses % self.num_minibatches:
+            raise ConfigError(
+                f"num_minibatches = {self.num_minibatches}: does not divide num_prompts * num_generations = "
+                f"{self.num_responses}"
+            )
+        if self.drift_coef != "auto" and not algorithm.drift:
+            raise ConfigError(
+                f"drift_coef = {self.drift_coef}: {self.algorithm} has no drift; those with one are "
+                + ", ".join(name for name, row in ALGORITHMS.items() if row.drift)
+            )
+
+    def save(self, path: Path) -> None:
+        """Write config.json."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read config.json.
+
+    Raises:
+        ConfigError: not JSON, or a field that is unknown or wrong; the line names file and field.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable config: {error}") from error
+    known = {field.name for field in fields(TrainConfig)}
+    if not isinstance(values, dict) or not set(values) <= known:
+        unknown = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else "no JSON object"
+        raise ConfigError(f"{path}: unknown fields: {unknown}")
+    try:
+        return TrainConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -1,0 +1,68 @@
+"""The demo: four algorithms, the same problems, the same seed, pushed hard. Who survives?
+
+K = 64 updates on every rollout (4 minibatches, 16 passes) is far more than anyone recommends. It stands in for every
+way in which a policy can get ahead of its data, and it takes a laptop two minutes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minicpgd.config import TrainConfig
+from minicpgd.runlog import load_run, load_timings
+from minicpgd.study import collapsed
+
+ALGORITHMS = ("cpgd", "grpo", "rloo", "reinforce_pp")
+
+
+def demo_configs(folder: Path, seed: int = 0) -> list[TrainConfig]:
+    """One run per algorithm; nothing but the algorithm differs."""
+    return [
+        TrainConfig(
+            algorithm=algorithm,
+            seed=seed,
+            output_dir=str(folder / algorithm),
+            max_steps=20,
+            num_prompts=8,
+            num_generations=16,
+            num_iterations=16,
+            num_minibatches=4,
+            learning_rate=1e-4,
+            eval_steps=2,
+            logging_steps=1,
+        )
+        for algorithm in ALGORITHMS
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A line of the demo's table. Accuracies are greedy, shares of 1; KL in nats per token."""
+
+    algorithm: str
+    before: float
+    best: float
+    final: float
+    collapsed: bool
+    largest_kl: float
+    largest_ratio: float
+    seconds: float
+
+
+def outcome(run: str | Path) -> Outcome:
+    """What came of a finished run."""
+    config, metrics, _ = load_run(run)
+    timings = load_timings(run)
+    accuracy = metrics["eval_accuracy"]
+    measured = accuracy[~np.isnan(accuracy)]
+    return Outcome(
+        algorithm=config.algorithm,
+        before=measured[0],
+        best=measured.max(),
+        final=measured[-1],
+        collapsed=collapsed(metrics["reward"][1:], start=metrics["reward"][0]),
+        largest_kl=np.nanmax(metrics["kl_old"]),
+        largest_ratio=np.nanmax(metrics["ratio_max"]),
+        seconds=(timings["rollout_seconds"] + timings["update_seconds"]).sum(),
+    )

@@ -1,0 +1,1 @@
+"""The tiny model that ships: weights and tokenizer, remade by `minicpgd pretrain --seed 0`."""

@@ -1,0 +1,105 @@
+"""Every figure, from run folders. Each function returns a matplotlib `Figure`; nothing here writes a file.
+
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; each run has its own dashes too, for
+whoever prints in grey.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter
+
+from minicpgd.runlog import Run, load_run
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+    "savefig.dpi": 150,
+    "savefig.facecolor": "white",
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", (0, (5, 1.2)), (0, (1.6, 1)), (0, (6, 1.2, 1.4, 1.2)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
+NAMES = {"cpgd": "CPGD", "grpo": "GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORCE++"}
+
+
+def display_name(algorithm: str) -> str:
+    """The name that papers print, where there is one."""
+    return NAMES.get(algorithm, algorithm)
+
+
+def training_curves(runs: Sequence[str | Path]) -> Figure:
+    r"""Reward, response length, KL to $\pi_{old}$ and clipped share over the steps of several runs, one line each."""
+    loaded = [load_run(run) for run in runs]
+    panels = (
+        ("reward", "Reward", "mean reward of a response"),
+        ("completion_length", "Response length", "tokens"),
+        ("kl_old", "Distance from the sampling policy", "KL to π_old [nats per token]"),
+        ("clip_frac", "Clipped tokens", "share of all tokens"),
+    )
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 6.2), layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True)
+        for axis, (metric, title, unit) in zip(axes.flat, panels, strict=True):
+            for (config, metrics, _), colour, dashes in zip(loaded, COLOURS, DASHES, strict=False):
+                values = (
+                    metrics["clip_frac_pos"] + metrics["clip_frac_neg"] if metric == "clip_frac" else metrics[metric]
+                )
+                label = display_name(config.algorithm) + _suffix(config.seed, loaded)
+                axis.plot(metrics["step"], values, color=colour, linestyle=dashes, label=label)
+            axis.set(title=title, ylabel=unit)
+            axis.set_ylim(bottom=0)
+        axes[0, 0].set_ylim(0, 1)
+        # KLs differ by orders of magnitude: linear near zero, logarithmic above
+        axes[1, 0].set_yscale("symlog", linthresh=0.01)
+        axes[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        for axis in axes[1]:
+            axis.set_xlabel("step (one rollout and its K updates)")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(loaded), handlelength=3.2)
+    return figure
+
+
+def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
+    r"""How far the ratios $\pi_\theta / \pi_{old}$ spread, step by step: a panel per run, quantiles as ribbons."""
+    loaded = [load_run(run) for run in runs]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(5.0, 2.6 * len(loaded)), 3.6), layout=ConstrainedLayoutEngine(wspace=0.04))
+        axes = figure.subplots(1, len(loaded), sharey=True, sharex=True, squeeze=False)[0]
+        for axis, (config, metrics, _), colour in zip(axes, loaded, COLOURS, strict=False):
+            step, floor = metrics["step"], 1e-6
+            low, p01, p99, high = (np.maximum(metrics[f"ratio_{name}"], floor) for name in ("min", "p01", "p99", "max"))
+            axis.fill_between(step, low, high, color=colour, alpha=0.22, linewidth=0, label="smallest to largest")
+            axis.fill_between(step, p01, p99, color=colour, alpha=0.75, linewidth=0, label="1 % to 99 %")
+            high_bound = config.epsilon if config.epsilon_high is None else config.epsilon_high
+            for bound in (1 - config.epsilon, 1 + high_bound):
+                axis.axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
+            axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step")
+            axis.set_yscale("log")
+        axes[0].set_ylabel("ratio π_θ / π_old")
+        handles, labels = axes[0].get_legend_handles_labels()
+        for handle in handles:
+            handle.set(color="#555555")
+        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    return figure
+
+
+FIGURES = {"curves": training_curves, "ratios": ratio_ranges}
+
+
+def _suffix(seed: int, runs: Sequence[Run]) -> str:
+    return f", seed {seed}" if len({run.config.seed for run in runs}) > 1 else ""

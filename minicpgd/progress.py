@@ -1,0 +1,54 @@
+"""Progress: bars with time left on a terminal, a plain line now and then elsewhere."""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(highlight=False, soft_wrap=True)
+PLAIN_LINE_SECONDS = 10
+
+
+class Bars:
+    """One bar per name, each up to `total` steps; a context manager."""
+
+    def __init__(self, names: Sequence[str], total: int):
+        self.progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.names, self.total = list(names), total
+        self.started = self.last_line = time.monotonic()
+        self.tasks: list[TaskID] = [self.progress.add_task(name, total=total, note="") for name in names]
+
+    def __enter__(self) -> "Bars":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def update(self, which: int, done: int, note: str) -> None:
+        """Show that `done` steps of bar number `which` are done, and a few words."""
+        self.progress.update(self.tasks[which], completed=done, note=note)
+        now = time.monotonic()
+        if not console.is_terminal and (done == self.total or now - self.last_line > PLAIN_LINE_SECONDS):
+            self.last_line = now
+            left = (now - self.started) * (self.total - done) / max(1, done)
+            console.print(f"{self.names[which]} {done}/{self.total}, {left:.0f} s left: {note}")

@@ -1,0 +1,125 @@
+r"""The rollout: prompts go in, G sampled responses to each come out, with all that an update will ask about them.
+
+Sampling is written out here because everything later depends on it being exactly $\pi_{old}$: the log-probabilities
+kept for the ratio are those the tokens were drawn from, at the same temperature. (`generate` of transformers would
+quietly keep the 50 likeliest tokens only.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+from minicpgd.errors import NonFiniteError
+from minicpgd.logprobs import logp_and_entropy, position_ids
+from minicpgd.policy import Policy
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B = N * G responses; the G responses to one prompt stand together."""
+
+    prompt_ids: Tensor  # (B, P), left-padded
+    prompt_mask: Tensor  # (B, P), 1 for real tokens
+    completion_ids: Tensor  # (B, T), right-padded; the end-of-sequence token belongs to the response
+    mask: Tensor  # (B, T) bool, made from lengths, never by comparing ids
+    lengths: Tensor  # (B,), tokens
+    truncated: Tensor  # (B,) bool: ran into max_completion_length without an end
+    logp: Tensor  # (B, T), log-probabilities under the policy that sampled, nats; 0 at padding
+    entropy: Tensor  # (B, T), of the distribution sampled from, nats; 0 at padding
+    completions: list[str]  # B texts
+
+    def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Some rows as `token_logprobs` wants them: ids and mask (b, P + t), and t, cut to the longest of these."""
+        longest = int(self.lengths[rows].max())
+        ids = torch.cat([self.prompt_ids[rows], self.completion_ids[rows, :longest]], dim=1)
+        mask = torch.cat([self.prompt_mask[rows], self.mask[rows, :longest].long()], dim=1)
+        return ids, mask, longest
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[str],
+    num_generations: int,
+    *,
+    max_completion_length: int,
+    generator: torch.Generator | None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Rollout:
+    r"""Sample `num_generations` responses to each prompt, or take the likeliest tokens.
+
+    Args:
+        prompts: N texts.
+        num_generations: G.
+        max_completion_length: T at most, tokens.
+        generator: the source of all randomness, on the policy's device; None for greedy decoding.
+        temperature: divides the logits, here and when the tokens are scored again.
+        top_p, top_k: draw from the likeliest tokens only (1.0 and 0: from all). The log-probabilities kept are those of
+            the distribution before that cut: what $\pi_\theta$ will be compared with.
+    """
+    model, was_training = policy.model, policy.model.training
+    model.eval()
+    warpers = LogitsProcessorList([TopKLogitsWarper(top_k)] if top_k > 0 else [])
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    prompt_ids, prompt_mask = (t.repeat_interleave(num_generations, dim=0) for t in policy.encode(prompts))
+    batch, device = len(prompt_ids), policy.device
+    ids = torch.full((batch, max_completion_length), policy.pad_id, device=device)
+    logp = torch.zeros(batch, max_completion_length, device=device)
+    entropy = torch.zeros_like(logp)
+    lengths = torch.full((batch,), max_completion_length, device=device)
+    eos_ids = policy.eos_ids
+
+    rows = torch.arange(batch, device=device)  # the rows still computed; finished ones leave in batches
+    running = torch.ones(batch, dtype=torch.bool, device=device)  # of those, the ones without an end yet
+    attention, cache, new = prompt_mask, DynamicCache(config=model.config), prompt_ids
+    for t in range(max_completion_length):
+        logits = model(
+            input_ids=new,
+            attention_mask=attention,
+            position_ids=position_ids(attention)[:, -new.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        logits = logits.float() / temperature
+        if not logits.isfinite().all():
+            raise NonFiniteError("the model's logits are not finite")
+        if generator is None:
+            token = logits.argmax(-1)
+        else:
+            token = torch.multinomial(warpers(new, logits).softmax(-1), 1, generator=generator).squeeze(1)
+        token_logp, token_entropy = logp_and_entropy(logits, token)
+        alive = rows[running]
+        ids[alive, t], logp[alive, t], entropy[alive, t] = token[running], token_logp[running], token_entropy[running]
+        ended = running & torch.isin(token, eos_ids)
+        lengths[rows[ended]] = t + 1
+        running = running & ~ended
+        if not running.any():
+            break
+        if 2 * int(running.sum()) <= len(rows):  # half have ended: stop paying for them
+            keep = running.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, token, attention, running = rows[keep], token[keep], attention[keep], running[keep]
+        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
+        new = token[:, None]
+    model.train(was_training)
+
+    longest = int(lengths.max())
+    truncated = torch.zeros(batch, dtype=torch.bool, device=device)
+    truncated[rows[running]] = True
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=ids[:, :longest],
+        mask=torch.arange(longest, device=device) < lengths[:, None],
+        lengths=lengths,
+        truncated=truncated,
+        logp=logp[:, :longest],
+        entropy=entropy[:, :longest],
+        completions=policy.decode(ids, lengths),
+    )

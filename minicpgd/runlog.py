@@ -1,0 +1,162 @@
+"""A run is a folder that explains itself.
+
+    config.json       what was asked for
+    metrics.jsonl     a line per step: what the run did; the same bytes whenever it is repeated on one machine
+    timings.jsonl     a line per step: what depends on the clock and the machine
+    samples.jsonl     some sampled responses, with reward and advantage
+    checkpoints/      the two newest (see checkpoint.py)
+    model/            the trained model, once the run has ended; transformers loads it
+
+Line 0 of the metrics is the model before training: its greedy accuracy and its mean reward on the held-out set.
+"""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minicpgd.checkpoint import write_atomically
+from minicpgd.config import TrainConfig, load_config
+from minicpgd.errors import ConfigError, UserError
+
+LOGS = ("metrics", "timings", "samples")
+
+
+class Run(NamedTuple):
+    """What `load_run` returns."""
+
+    config: TrainConfig
+    metrics: dict[str, np.ndarray]
+    samples: list[dict[str, Any]]
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a run's folder.
+
+    Returns:
+        (config, metrics, samples): `metrics` maps each name to a float array with one value a step, `nan` where that
+        step has none; its column `step` starts at 0, the model before training.
+
+    Raises:
+        UserError: no such folder, no config in it, or a line that is not JSON; the message names file and line.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a run: there is no config.json in it")
+    return Run(
+        load_config(folder / "config.json"),
+        _columns(read_lines(folder / "metrics.jsonl")),
+        read_lines(folder / "samples.jsonl"),
+    )
+
+
+def load_timings(path: str | Path) -> dict[str, np.ndarray]:
+    """The columns of a run's timings.jsonl, as `load_run` gives those of its metrics."""
+    return _columns(read_lines(Path(path) / "timings.jsonl"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none where the file does not exist.
+
+    Raises:
+        UserError: a line is not a JSON object. A last line without its line break is a line still being written: it is
+            left out.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The writing side of a run's folder."""
+
+    folder: Path
+    config: TrainConfig
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> "RunLog":
+        """A new folder, which appears with its config.json inside or not at all.
+
+        Raises:
+            ConfigError: there is one already.
+        """
+        folder = config.folder
+        if folder.exists():
+            raise ConfigError(
+                f"output_dir = {str(folder)!r} exists already: go on with `minicpgd train --resume {folder}`, "
+                "or choose another"
+            )
+        making = folder.with_name(f".{folder.name}.{os.getpid()}")
+        making.mkdir(parents=True)
+        try:
+            config.save(making / "config.json")
+            making.rename(folder)
+        except OSError:
+            shutil.rmtree(making, ignore_errors=True)
+            raise
+        return cls(folder, config)
+
+    @classmethod
+    def reopen(cls, config: TrainConfig) -> "RunLog":
+        """The folder of a run that is to go on; of its settings only `max_steps` may have grown.
+
+        Raises:
+            UserError: it is no run, or another setting changed; the line names the fields.
+        """
+        folder = config.folder
+        if not (folder / "config.json").is_file():
+            raise UserError(f"cannot resume {folder}: there is no config.json in it")
+        stored = load_config(folder / "config.json")
+        before, now = (asdict(replace(c, output_dir="", max_steps=1)) for c in (stored, config))
+        changed = [f"{name} was {before[name]}, is {now[name]}" for name in before if before[name] != now[name]]
+        if config.max_steps < stored.max_steps:
+            changed.append(f"max_steps was {stored.max_steps}, is {config.max_steps}")
+        if changed:
+            raise ConfigError(
+                f"cannot resume {folder} with other settings: {'; '.join(changed)} (only max_steps may grow)"
+            )
+        if config != stored:
+            write_atomically(folder / "config.json", config.save)
+        return cls(folder, config)
+
+    def keep_until(self, step: int) -> None:
+        """Forget the lines of steps after `step`: they are about to be made again."""
+        for name in LOGS:
+            path = self.folder / f"{name}.jsonl"
+            kept = [row for row in read_lines(path) if row["step"] <= step]
+            text = "".join(map(_line, kept))
+            write_atomically(path, functools.partial(Path.write_text, data=text))
+
+    def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Add lines to one of the logs, and have them on disk before going on."""
+        with (self.folder / f"{name}.jsonl").open("a") as file:
+            file.write("".join(map(_line, rows)))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,0 +1,44 @@
+"""Tasks: where problems come from, and which answers are right.
+
+A task is an object with the four members of `Task`; `TASKS` names those that ship. A problem is a dataset row: a dict
+with `prompt` and whatever columns the reward needs.
+"""
+
+import random
+from typing import Protocol
+
+from minicpgd.errors import ConfigError
+from minicpgd.rewards import RewardFunction
+from minicpgd.tasks.chain_arithmetic import ChainArithmetic
+
+
+class Task(Protocol):
+    """What the training loop asks of a task."""
+
+    reward: RewardFunction
+
+    def sample(self, num_problems: int, rng: random.Random) -> list[dict[str, str]]:
+        """Fresh training problems, decided by `rng` alone."""
+        ...
+
+    def held_out(self, num_problems: int, seed: int = 0) -> list[dict[str, str]]:
+        """A fixed evaluation set, disjoint from everything that `sample` can return."""
+        ...
+
+    def is_correct(self, problem: dict[str, str], completion: str) -> bool:
+        """Whether a completion is right: accuracy counts this, whatever a run is rewarded for."""
+        ...
+
+
+TASKS: dict[str, type[Task]] = {"chain_arithmetic": ChainArithmetic}
+
+
+def get_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ConfigError: there is none; the line names those there are.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"task = {name!r}: there is no such task; choose from {', '.join(TASKS)}")
+    return TASKS[name]()
