@@ -27,7 +27,7 @@ from minicpgd.errors import UserError
 from minicpgd.evaluation import evaluate as evaluate_
 from minicpgd.evaluation import respond
 from minicpgd.plots import FIGURES, display_name
-from minicpgd.policy import load_policy
+from minicpgd.policy import load_policy, quiet
 from minicpgd.progress import Bars, console
 from minicpgd.runlog import read_lines
 from minicpgd.study import run_all
@@ -279,6 +279,7 @@ def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 def main() -> None:
     """Entry point of `minicpgd`."""
+    quiet()
     try:
         _parse(sys.argv[1:])()
     except UserError as error:

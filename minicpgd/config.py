@@ -54,7 +54,7 @@ class TrainConfig:
     """Parts a rollout is cut into; each makes one update per pass."""
     num_iterations: int = 1
     """Passes over a rollout. K = num_iterations * num_minibatches is how hard a rollout is used."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """Of AdamW (0.9, 0.999), constant, no weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""

@@ -13,8 +13,8 @@ $$ \mathrm{KL}(p \,\|\, q) = \mathbb{E}_{y \sim p}[-e]. $$
 Estimating a KL is not differentiating it: put `k1` of samples from $\pi_\theta$ itself into a loss and its gradient
 has mean zero. What CPGD penalises is different: the samples come from $\pi_{old}$, and the *policy drift*
 $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$ takes $e = \log \pi_\theta - \log \pi_{old}$. There `k3` is an unbiased
-value, and its derivative $r - 1$ an unbiased gradient, but one that explodes with the ratio $r = \exp(e)$. So the term that is
-trained, `bounded_drift`, goes on in a straight line once its slope has reached a bound.
+value, and its derivative $r - 1$ an unbiased gradient, but one that explodes with the ratio $r = \exp(e)$. So the term
+that is trained, `bounded_drift`, goes on in a straight line once its slope has reached a bound.
 
 In: log-ratios of any shape, in nats. Out: the same shape and unit. Needs torch only.
 """

@@ -1,7 +1,8 @@
 r"""Evaluation: how good is a policy on problems it never trained on?
 
 Greedy accuracy takes the likeliest token each time: one number, no luck in it. Sampled responses say what training
-sees, and `pass@k`: how likely one of k tries is right, by the unbiased estimator (Chen et al., arXiv 2107.03374, equation 1):
+sees, and `pass@k`: how likely one of k tries is right, by the unbiased estimator (Chen et al., arXiv 2107.03374,
+equation 1):
 
 $$ \mathrm{pass@}k = 1 - \binom{n-c}{k} \Big/ \binom{n}{k} $$
 

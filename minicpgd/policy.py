@@ -12,10 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from minicpgd.errors import UserError
 
 EMBEDDED = Path(str(files("minicpgd") / "embedded"))
+
+
+def quiet() -> None:
+    """Keep transformers from drawing progress bars of its own; for programs that draw theirs."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 @dataclass
@@ -94,7 +101,7 @@ def load_policy(
         raise UserError(
             f"model = {name!r}: cannot be loaded as 'embedded', a local folder or a hub name: {first_line}"
         ) from error
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     if disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):

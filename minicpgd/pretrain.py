@@ -1,7 +1,8 @@
 """Makes the embedded model: a tiny Llama that can work a problem out, and rarely does.
 
-It is taught by imitation on a mixture of guesses (`#6`) and worked answers (`7+5=2,2*3=6#6`), one in six worked, and
-not for long. What comes out guesses five times in six, wrongly as a rule: a policy with something to discover.
+It is taught by imitation, in two terms. First the skill: worked answers only (`7+5=2,2*3=6#6`), until it has them.
+Then the bad habit, and not for long: guesses (`#6`) five times in six. What comes out guesses five times in six,
+wrongly as a rule: a policy with something to discover.
 
 In: a seed. Out: a folder with weights and tokenizer, which is what `minicpgd/embedded/` is.
 """
@@ -23,7 +24,8 @@ from minicpgd.rollout import generate
 from minicpgd.tasks import get_task
 
 CHARACTERS = "0123456789+-*=,#"
-STEPS, BATCH, LEARNING_RATE, WORKED_SHARE = 900, 256, 3e-3, 0.17
+STEPS, BATCH, LEARNING_RATE = 750, 256, 2e-3
+HABIT_FROM, HABIT_WORKED_SHARE = 0.67, 0.17  # when the second term begins, and how much is worked in it
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,13 @@ def pretrain(
         on_step: called with the step and its loss, in nats per token.
     """
     policy, rng = Policy(make_model(seed), make_tokenizer()), random.Random(seed)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    habit_from = round(HABIT_FROM * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (steps - habit_from))
+    )
     for step in range(1, steps + 1):
-        ids, labels = _examples(policy, rng)
+        ids, labels = _examples(policy, rng, 1.0 if step <= habit_from else HABIT_WORKED_SHARE)
         logits = policy.model(input_ids=ids).logits  # right-padded and causal: no real token sees the padding
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
@@ -94,10 +99,10 @@ def pretrain(
     return policy
 
 
-def _examples(policy: Policy, rng: random.Random) -> tuple[Tensor, Tensor]:
+def _examples(policy: Policy, rng: random.Random, worked_share: float) -> tuple[Tensor, Tensor]:
     """(BATCH, L) right-padded ids and labels; the labels of prompts and padding are -100: not learned."""
     problems = get_task("chain_arithmetic").sample(BATCH, rng)
-    responses = [p["worked"] if rng.random() < WORKED_SHARE else "#" + p["answer"] for p in problems]
+    responses = [p["worked"] if rng.random() < worked_share else "#" + p["answer"] for p in problems]
     prompts = policy.tokenizer([p["prompt"] for p in problems])["input_ids"]
     answers = [[*row, policy.tokenizer.eos_token_id] for row in policy.tokenizer(responses)["input_ids"]]
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))

@@ -1,8 +1,8 @@
 """Rule-based rewards: a completion goes in, a number comes out, no model judges.
 
 A reward function has the shape of TRL's: `f(prompts, completions, **columns) -> list[float]`, one number per
-completion, where the columns are those of the dataset beside `prompt`. One written for TRL's GRPOTrainer runs here unchanged, and
-the other way round.
+completion, where the columns are those of the dataset beside `prompt`. One written for TRL's GRPOTrainer runs here
+unchanged, and the other way round.
 """
 
 import importlib

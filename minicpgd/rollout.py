@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
 from minicpgd.errors import NonFiniteError
 from minicpgd.logprobs import logp_and_entropy, position_ids
@@ -64,8 +64,6 @@ def generate(
     """
     model, was_training = policy.model, policy.model.training
     model.eval()
-    warpers = LogitsProcessorList([TopKLogitsWarper(top_k)] if top_k > 0 else [])
-    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     prompt_ids, prompt_mask = (t.repeat_interleave(num_generations, dim=0) for t in policy.encode(prompts))
     batch, device = len(prompt_ids), policy.device
     ids = torch.full((batch, max_completion_length), policy.pad_id, device=device)
@@ -92,7 +90,7 @@ def generate(
         if generator is None:
             token = logits.argmax(-1)
         else:
-            token = torch.multinomial(warpers(new, logits).softmax(-1), 1, generator=generator).squeeze(1)
+            token = torch.multinomial(_cut(logits, top_k, top_p).softmax(-1), 1, generator=generator).squeeze(1)
         token_logp, token_entropy = logp_and_entropy(logits, token)
         alive = rows[running]
         ids[alive, t], logp[alive, t], entropy[alive, t] = token[running], token_logp[running], token_entropy[running]
@@ -123,3 +121,12 @@ def generate(
         entropy=entropy[:, :longest],
         completions=policy.decode(ids, lengths),
     )
+
+
+def _cut(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Leave the likeliest tokens only; the warpers' first argument, the text so far, is not looked at."""
+    if top_k > 0:
+        logits = TopKLogitsWarper(top_k)(None, logits)  # type: ignore[arg-type]
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)  # type: ignore[arg-type]
+    return logits

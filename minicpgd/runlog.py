@@ -148,7 +148,7 @@ class RunLog:
             path = self.folder / f"{name}.jsonl"
             kept = [row for row in read_lines(path) if row["step"] <= step]
             text = "".join(map(_line, kept))
-            write_atomically(path, functools.partial(Path.write_text, data=text))
+            write_atomically(path, functools.partial(_write, text))
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Add lines to one of the logs, and have them on disk before going on."""
@@ -156,6 +156,10 @@ class RunLog:
             file.write("".join(map(_line, rows)))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text)
 
 
 def _line(row: dict[str, Any]) -> str:

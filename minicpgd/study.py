@@ -7,7 +7,7 @@ steps, or below that of the model it started from. The rule was written down bef
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from minicpgd.config import TrainConfig
+from minicpgd.policy import quiet
 from minicpgd.trainer import train
 
 WINDOW = 10
@@ -51,14 +52,21 @@ def run_all(configs: Iterable[TrainConfig], on_wait: Callable[[], None], jobs: i
         UserError: that of the first run that failed; the others are not started.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        jobs or os.cpu_count(), mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context, initializer=_prepare_worker) as pool:
         futures = [pool.submit(train, config) for config in configs]
         pending = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=0.3, return_when=FIRST_EXCEPTION)
-            if any(future.exception() for future in done):
-                pool.shutdown(cancel_futures=True)
-            on_wait()
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.3)
+                on_wait()
+                for future in done:
+                    future.result()  # raises what the run raised
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
         return [future.result() for future in futures]
+
+
+def _prepare_worker() -> None:
+    quiet()
+    torch.set_num_threads(1)  # as many processes as cores: more threads would only wait for each other

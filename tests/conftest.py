@@ -1,0 +1,44 @@
+"""What tests share: no network, a skip for what needs a GPU, the embedded policy, and small runs."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from minicpgd import TrainConfig
+from minicpgd.policy import load_policy, quiet
+
+quiet()
+
+SMALL = {
+    "num_prompts": 2,
+    "num_generations": 4,
+    "max_steps": 3,
+    "max_completion_length": 48,
+    "eval_problems": 8,
+    "num_minibatches": 2,
+}
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
+
+
+@pytest.fixture
+def policy():
+    return load_policy("embedded")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A function that makes the config of a run of seconds, in a folder of its own."""
+
+    def make(name="run", **changes):
+        return TrainConfig(output_dir=str(tmp_path / name), **(SMALL | changes))
+
+    return make

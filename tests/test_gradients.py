@@ -1,0 +1,293 @@
+"""The gradient of every row of the table: by hand, by finite differences, and against exact expectations."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minicpgd import ALGORITHMS
+
+EPS, ALPHA, BOUND = 0.2, 0.7, 2.0
+RATIOS = [1e-9, 1e-3, 0.3, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.9, 3.1, 1e3, 1e9]
+SIGNS = [1.7, -1.7]
+
+
+def clipped_side(r, A, high=1.2):
+    return (A > 0 and r > high) or (A < 0 and r < 0.8)
+
+
+def drift(r):
+    return ALPHA * min(r - 1, BOUND)
+
+
+# What each row does to one token of ratio r: the derivative of its objective (to be maximised) in log pi_theta.
+BY_HAND = {
+    "cpgd": lambda r, A: (0 if clipped_side(r, A) else A) - drift(r),
+    "cpg": lambda r, A: 0 if clipped_side(r, A) else A,
+    "pgd": lambda r, A: A - drift(r),
+    "pg": lambda r, A: A,
+    "grpo": lambda r, A: 0 if clipped_side(r, A) else r * A,
+    "rloo": lambda r, A: 0 if clipped_side(r, A) else r * A,
+    "reinforce_pp": lambda r, A: 0 if clipped_side(r, A) else r * A,
+    "reinforce_pp_baseline": lambda r, A: 0 if clipped_side(r, A) else r * A,
+    "dr_grpo": lambda r, A: 0 if clipped_side(r, A) else r * A,
+    "gspo": lambda r, A: 0 if clipped_side(r, A) else r * A,
+    "dapo": lambda r, A: 0 if clipped_side(r, A, high=1.28) else r * A,
+    "grpo_unclipped": lambda r, A: r * A,
+    "grpo_dual_clip": lambda r, A: 0 if clipped_side(r, A) or (A < 0 and r > 3) else r * A,
+    "grpo_drift": lambda r, A: (0 if clipped_side(r, A) else r * A) - drift(r),
+    "cispo": lambda r, A: min(r, 1.2) * A,
+}
+
+
+def loss_of(name, logp, old_logp, advantages, mask, **changes):
+    settings = {"epsilon": EPS, "drift_coef": ALPHA, "drift_clip": BOUND, "max_completion_length": mask.shape[1]}
+    return ALGORITHMS[name].loss(logp, old_logp, advantages, mask, **(settings | changes))
+
+
+def gradient(name, logp, *others, **changes):
+    logp = logp.clone().requires_grad_()
+    return torch.autograd.grad(loss_of(name, logp, *others, **changes).loss, logp)[0]
+
+
+def test_every_row_has_its_gradient_here():
+    assert set(BY_HAND) == set(ALGORITHMS)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("A", SIGNS)
+@pytest.mark.parametrize("r", RATIOS)
+def test_one_token_by_hand_and_by_difference(name, A, r):
+    old = torch.tensor([[-1.3]], dtype=torch.float64)
+    logp = old + math.log(r)
+    rest = (old, torch.tensor([A], dtype=torch.float64), torch.ones(1, 1))
+    ours = gradient(name, logp, *rest).item()
+    assert ours == pytest.approx(-BY_HAND[name](r, A), rel=1e-9, abs=1e-12)
+    if name == "cispo":
+        return  # its weight is held constant, which a difference quotient cannot do
+    h = 1e-6
+    up, down = (loss_of(name, logp + s, *rest).loss.item() for s in (h, -h))
+    assert ours == pytest.approx((up - down) / (2 * h), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("A", SIGNS)
+def test_cispo_by_difference_with_its_weight_held(A):
+    old, h = torch.tensor([[-1.3]], dtype=torch.float64), 1e-6
+    for r in RATIOS:
+        logp = old + math.log(r)
+        ours = gradient("cispo", logp, old, torch.tensor([A], dtype=torch.float64), torch.ones(1, 1)).item()
+        up, down = (-min(r, 1.2) * A * (logp.item() + s) for s in (h, -h))
+        assert ours == pytest.approx((up - down) / (2 * h), rel=1e-5)
+
+
+@pytest.mark.parametrize("A", SIGNS)
+@pytest.mark.parametrize("r", RATIOS)
+def test_objective_values(A, r):
+    """The numbers themselves, not only their slopes."""
+    old, d = torch.tensor([[-1.3]], dtype=torch.float64), math.log(r)
+    rest = (old, torch.tensor([A], dtype=torch.float64), torch.ones(1, 1))
+
+    def value(name, **changes):
+        return -loss_of(name, old + d, *rest, **changes).loss.item()
+
+    clip_d, clip_r = min(max(d, math.log(0.8)), math.log(1.2)), min(max(r, 0.8), 1.2)
+    k3 = r - 1 - d if r <= 3 else (3 - 1 - math.log(3)) + 2 * (d - math.log(3))
+    expected = {
+        "pg": d * A,
+        "cpg": min(d * A, clip_d * A),
+        "pgd": d * A - ALPHA * k3,
+        "cpgd": min(d * A, clip_d * A) - ALPHA * k3,
+        "grpo_unclipped": r * A,
+        "grpo": min(r * A, clip_r * A),
+        "grpo_dual_clip": min(r * A, clip_r * A) if A > 0 else max(min(r * A, clip_r * A), 3 * A),
+        "grpo_drift": min(r * A, clip_r * A) - ALPHA * k3,
+        "cispo": min(r, 1.2) * A * (-1.3 + d),
+    }
+    for name, wanted in expected.items():
+        assert value(name) == pytest.approx(wanted, rel=1e-9, abs=1e-12), name
+    assert value("grpo", epsilon_high=0.5) == pytest.approx(min(r * A, min(max(r, 0.8), 1.5) * A))
+    assert value("dapo", epsilon_high=0.5) == pytest.approx(min(r * A, min(max(r, 0.8), 1.5) * A))
+    assert value("cpgd", drift_clip=50.0) == pytest.approx(
+        min(d * A, clip_d * A) - ALPHA * (r - 1 - d if r <= 51 else 50 - math.log(51) + 50 * (d - math.log(51)))
+    )
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_finite_however_far(name):
+    old = torch.tensor([[-5.0, -5.0, -5.0, -200.0]])
+    logp = torch.tensor([[-105.0, -5.0, -0.1, -100.0]])
+    for A in (2.0, -2.0):
+        rest = (old, torch.tensor([A]), torch.ones(1, 4))
+        output = loss_of(name, logp, *rest)
+        assert output.loss.isfinite()
+        assert gradient(name, logp, *rest).isfinite().all()
+        assert all(math.isfinite(value) for value in output.metrics.values())
+
+
+def random_batch(rows=6, length=9, spread=0.6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    old = -torch.rand(rows, length, generator=generator, dtype=torch.float64) * 3
+    d = torch.randn(rows, length, generator=generator, dtype=torch.float64) * spread
+    lengths = torch.tensor([9, 1, 4, 9, 3, 6])[:rows]
+    mask = torch.arange(length) < lengths[:, None]
+    advantages = torch.tensor([1.5, -0.7, -2.0, 0.0, 0.3, -1.1], dtype=torch.float64)[:rows]
+    return old + d, old, advantages, mask
+
+
+def test_all_rows_agree_at_ratio_one():
+    """The first update of a rollout, equal advantages and aggregation: one gradient for the whole field."""
+    _, old, advantages, mask = random_batch()
+    for aggregation in ("sequence_mean", "token_mean", "constant"):
+        gradients = {
+            name: gradient(name, old, old, advantages, mask, aggregation=aggregation)
+            for name in ALGORITHMS
+            if name != "gspo"
+        }
+        for name, value in gradients.items():
+            torch.testing.assert_close(value, gradients["pg"], msg=name)
+        assert gradients["pg"].abs().max() > 0.01
+    # gspo spreads a response's gradient over its tokens evenly: the same under its own aggregation
+    torch.testing.assert_close(gradient("gspo", old, old, advantages, mask), gradient("pg", old, old, advantages, mask))
+
+
+def test_aggregations_by_hand():
+    """The weight of each token, from three responses of lengths 9, 1 and 4."""
+    _, old, _, mask = random_batch(rows=3)
+    advantages = torch.ones(3, dtype=torch.float64)
+    wanted = {"sequence_mean": [1 / 27, 1 / 3, 1 / 12], "token_mean": [1 / 14] * 3, "constant": [1 / (3 * 20)] * 3}
+    for aggregation, weights in wanted.items():
+        g = gradient("pg", old, old, advantages, mask, aggregation=aggregation, max_completion_length=20)
+        expected = -torch.tensor(weights, dtype=torch.float64)[:, None] * mask
+        torch.testing.assert_close(g, expected, atol=1e-8, rtol=1e-6)
+    own = {
+        "reinforce_pp": "token_mean", "reinforce_pp_baseline": "token_mean", "dapo": "token_mean",
+        "cispo": "token_mean", "dr_grpo": "constant",
+    }  # fmt: skip
+    for name, row in ALGORITHMS.items():
+        assert row.aggregation == own.get(name, "sequence_mean")
+    with pytest.raises(ValueError, match="max_completion_length"):
+        ALGORITHMS["dr_grpo"].loss(old, old, advantages, mask)
+
+
+def test_sequence_levels_by_hand():
+    """gspo: geometric mean of the ratios; rloo at the sequence level: their product. Both over real tokens only."""
+    logp, old, advantages, mask = random_batch(spread=0.1)
+    for name, level, reduce in (("gspo", None, np.mean), ("rloo", "sequence", np.sum)):
+        values = []
+        for row in range(len(mask)):
+            d = (logp - old)[row][mask[row]].numpy()
+            s, A = math.exp(reduce(d)), advantages[row].item()
+            values.append(min(s * A, min(max(s, 0.8), 1.2) * A))
+        ours = loss_of(name, logp, old, advantages, mask, importance_level=level)
+        assert -ours.loss.item() == pytest.approx(np.mean(values), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_padding_is_never_read(name):
+    logp, old, advantages, mask = random_batch()
+    clean = loss_of(name, logp, old, advantages, mask)
+    for junk in (1e30, -math.inf, math.nan):
+        dirty_logp, dirty_old = logp.masked_fill(~mask, junk), old.masked_fill(~mask, -junk)
+        dirty = loss_of(name, dirty_logp, dirty_old, advantages, mask)
+        assert dirty.loss.item() == clean.loss.item()
+        assert dirty.metrics == clean.metrics
+        g = gradient(name, dirty_logp, dirty_old, advantages, mask)
+        assert (g[~mask] == 0).all()
+        torch.testing.assert_close(g, gradient(name, logp, old, advantages, mask))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_masked_response_counts_as_a_response_without_tokens(name):
+    logp, old, advantages, mask = random_batch()
+    mask[2] = False
+    output = loss_of(name, logp, old, advantages, mask)
+    assert output.loss.isfinite()
+    assert (gradient(name, logp, old, advantages, mask)[2] == 0).all()
+    nothing = loss_of(name, logp, old, advantages, torch.zeros_like(mask))
+    assert nothing.loss.item() == 0
+    assert nothing.metrics == {"loss": 0.0}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("aggregation", [None, "sequence_mean", "token_mean", "constant"])
+def test_micro_batches_change_nothing(name, aggregation):
+    logp, old, advantages, mask = random_batch()
+    weights = ALGORITHMS[name].token_weights(mask, mask.shape[1], aggregation)
+    whole = gradient(name, logp, old, advantages, mask, aggregation=aggregation)
+    parts = [
+        gradient(name, logp[s], old[s], advantages[s], mask[s], token_weights=weights[s])
+        for s in (slice(0, 1), slice(1, 5), slice(5, 6))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_advantage_no_surrogate_gradient(name):
+    logp, old, advantages, mask = random_batch()
+    g = gradient(name, logp, old, torch.zeros_like(advantages), mask, drift_coef=0.0)
+    assert (g == 0).all()
+
+
+def test_the_reference_kl():
+    """beta adds k3 of KL(pi_theta || pi_ref), its gradient 1 - exp(ref - logp); rows may also put it in the reward."""
+    logp, old, advantages, mask = random_batch()
+    ref = old - 0.3
+    plain = gradient("grpo", logp, old, advantages, mask, aggregation="token_mean")
+    with_kl = gradient("grpo", logp, old, advantages, mask, aggregation="token_mean", beta=0.5, ref_logp=ref)
+    expected = 0.5 * (1 - (ref - logp).exp()) * mask / mask.sum()
+    torch.testing.assert_close(with_kl - plain, expected, atol=1e-8, rtol=1e-6)
+    e = (ref - logp)[mask]
+    output = loss_of("grpo", logp, old, advantages, mask, beta=0.5, ref_logp=ref)
+    assert output.metrics["kl_ref"] == pytest.approx((e.exp() - 1 - e).mean().item())
+    with pytest.raises(ValueError, match="ref_logp"):
+        loss_of("grpo", logp, old, advantages, mask, beta=0.5)
+    in_reward = loss_of("reinforce_pp", logp, old, advantages, mask, beta=0.5)
+    assert in_reward.loss.item() == loss_of("reinforce_pp", logp, old, advantages, mask).loss.item()
+
+
+def test_metrics_by_hand():
+    ratios = [[0.5, 1.0, 1.1, 9.9], [0.7, 1.3, 2.0, 9.9], [1.3, 0.7, 1.0, 1.25]]
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    old = torch.full((3, 4), -2.0, dtype=torch.float64)
+    logp = old + torch.tensor(ratios, dtype=torch.float64).log()
+    advantages = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64)
+    metrics = loss_of("cpgd", logp, old, advantages, mask).metrics
+    inside = [0.5, 1.0, 1.1, 0.7, 1.3, 2.0, 1.3, 0.7, 1.0, 1.25]
+    assert metrics["kl_old"] == pytest.approx(np.mean([r - 1 - math.log(r) for r in inside]))
+    assert metrics["ratio_min"] == pytest.approx(0.5)
+    assert metrics["ratio_max"] == pytest.approx(2.0)
+    assert metrics["clip_frac_neg"] == pytest.approx(2 / 10)  # 0.5 and 0.7, pushed down already
+    assert metrics["clip_frac_pos"] == pytest.approx(2 / 10)  # 1.3 and 1.25, pulled up already
+    dual = loss_of("grpo_dual_clip", old + math.log(3.5), old, advantages, mask).metrics
+    assert dual["clip_frac_neg"] == pytest.approx(6 / 10)
+    assert loss_of("pg", logp, old, advantages, mask).metrics["clip_frac_neg"] == 0
+    many = torch.linspace(0.5, 2.5, 201, dtype=torch.float64)[None]
+    metrics = loss_of("pg", many.log(), torch.zeros_like(many), torch.ones(1), torch.ones_like(many)).metrics
+    assert metrics["ratio_p01"] == pytest.approx(0.52)
+    assert metrics["ratio_p99"] == pytest.approx(2.48)
+
+
+def test_mean_cpgd_gradient_is_the_exact_one():
+    """On a policy of four actions, all samples in their exact proportions: numpy's finite differences agree."""
+    counts = np.array([5, 3, 1, 1])
+    old = counts / counts.sum()
+    A = np.array([-0.4, 0.9, -1.2, 0.5])
+    theta = np.log(old) + np.array([0.3, -0.2, 0.5, -0.4])
+
+    def exact_objective(theta):
+        d = theta - np.log(np.exp(theta).sum()) - np.log(old)
+        surrogate = np.minimum(d * A, np.clip(d, np.log(0.8), np.log(1.2)) * A)
+        return (old * (surrogate - ALPHA * (np.exp(d) - 1 - d))).sum()
+
+    h, exact = 1e-6, []
+    for i in range(4):
+        step = np.eye(4)[i] * h
+        exact.append((exact_objective(theta + step) - exact_objective(theta - step)) / (2 * h))
+    actions = torch.tensor(np.repeat(np.arange(4), counts))
+    parameters = torch.tensor(theta, requires_grad=True)
+    logp = parameters.log_softmax(-1)[actions][:, None]
+    old_logp = torch.tensor(np.log(old))[actions][:, None]
+    loss = loss_of("cpgd", logp, old_logp, torch.tensor(A)[actions], torch.ones(10, 1)).loss
+    ours = -torch.autograd.grad(loss, parameters)[0]
+    assert ours.tolist() == pytest.approx(exact, abs=1e-7)

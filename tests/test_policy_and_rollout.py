@@ -1,0 +1,209 @@
+"""Sampling and scoring: the same policy, the same tokens, the same numbers."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from minicpgd.logprobs import logp_and_entropy, token_logprobs
+from minicpgd.policy import Policy, load_policy
+from minicpgd.rollout import generate
+from minicpgd.tasks import get_task
+
+
+def problems(n, seed=0):
+    return [p["prompt"] for p in get_task("chain_arithmetic").sample(n, random.Random(seed))]
+
+
+def roll(policy, prompts, group=4, seed=0, **changes):
+    generator = torch.Generator(policy.device).manual_seed(seed) if seed is not None else None
+    return generate(policy, prompts, group, generator=generator, **({"max_completion_length": 48} | changes))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_sampled_and_scored_logprobs_agree(policy, temperature):
+    """Prompts of different lengths: some are padded, some are not. The on-policy ratio is 1 within 1e-4."""
+    prompts = problems(12)
+    assert len({len(p) for p in prompts}) > 3
+    rollout = roll(policy, prompts, temperature=temperature)
+    ids, mask, longest = rollout.inputs(torch.arange(48))
+    logp, entropy = token_logprobs(policy.model, ids, mask, longest, temperature)
+    ratio = (logp - rollout.logp)[rollout.mask].exp()
+    assert (ratio - 1).abs().max() < 1e-4
+    assert (entropy - rollout.entropy)[rollout.mask].abs().max() < 1e-4
+    if temperature != 1.0:  # scored at another temperature they would not
+        other, _ = token_logprobs(policy.model, ids, mask, longest, 1.0)
+        assert ((other - rollout.logp)[rollout.mask].exp() - 1).abs().max() > 0.1
+
+
+def test_padding_changes_nothing(policy):
+    """Each row scored alone, without any padding, as in the batch."""
+    rollout = roll(policy, problems(6), group=2)
+    ids, mask, longest = rollout.inputs(torch.arange(12))
+    together, entropies = token_logprobs(policy.model, ids, mask, longest)
+    for i in range(12):
+        n = int(rollout.lengths[i])
+        alone = ids[i][mask[i].bool()][None]
+        logp, entropy = token_logprobs(policy.model, alone, torch.ones_like(alone), n)
+        torch.testing.assert_close(together[i, :n], logp[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entropies[i, :n], entropy[0], atol=1e-5, rtol=1e-5)
+
+
+def test_logprobs_and_entropy_by_hand():
+    logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.0, float("-inf")]])
+    logp, entropy = logp_and_entropy(logits, torch.tensor([1, 0]))
+    p = [torch.tensor([2.0, 1.0, -1.0]).softmax(-1), torch.tensor([0.5, 0.5])]
+    assert logp.tolist() == pytest.approx([p[0][1].log().item(), p[1][0].log().item()])
+    assert entropy.tolist() == pytest.approx([-(q * q.log()).sum().item() for q in p])
+    assert logp_and_entropy(logits.bfloat16(), torch.tensor([1, 0]))[0].dtype == torch.float32
+
+
+def test_greedy_decoding_is_transformers_own(policy):
+    """Our loop against `generate` of transformers, with padding, finished rows and all."""
+    prompts = problems(24, seed=3)
+    ours = roll(policy, prompts, group=1, seed=None)
+    ids, mask = policy.encode(prompts)
+    theirs = policy.model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=48)
+    theirs = theirs[:, ids.shape[1] :]
+    for i in range(24):
+        n = int(ours.lengths[i])
+        assert ours.completion_ids[i, :n].tolist() == theirs[i, :n].tolist()
+        assert ours.truncated[i] == (policy.eos_ids[0] not in theirs[i])
+
+
+def test_a_rollout_is_what_it_says(policy):
+    prompts = problems(5)
+    rollout = roll(policy, prompts, group=8, max_completion_length=20)
+    assert rollout.mask.sum(dim=1).tolist() == rollout.lengths.tolist()
+    assert rollout.truncated.any()
+    assert not rollout.truncated.all()
+    for i, text in enumerate(rollout.completions):
+        n = int(rollout.lengths[i])
+        ended = int(rollout.completion_ids[i, n - 1]) == int(policy.eos_ids[0])
+        assert ended != bool(rollout.truncated[i])  # the end-of-sequence token belongs to the response
+        assert len(text) == n - ended
+        assert rollout.prompt_mask[i].sum() == len(prompts[i // 8])  # a group stands together
+        assert (rollout.logp[i, n:] == 0).all()
+        assert (rollout.entropy[i, n:] == 0).all()
+    assert len(set(rollout.completions)) > 5
+
+
+def test_sampling_follows_its_distribution(policy):
+    """The first token of 4,000 samples against the model's probabilities; top_k and top_p cut, log-probs do not."""
+    prompt = problems(1)
+    ids, mask = policy.encode(prompt)
+    p = policy.model(input_ids=ids, attention_mask=mask).logits[0, -1].softmax(-1)
+    rollout = roll(policy, prompt, group=4000, max_completion_length=1)
+    counts = torch.bincount(rollout.completion_ids[:, 0], minlength=len(p)) / 4000
+    assert (counts - p).abs().max() < 4 * (0.25 / 4000) ** 0.5
+    assert len(rollout.completion_ids.unique()) > 1
+    for cut in ({"top_k": 1}, {"top_p": 0.01}):
+        cut_rollout = roll(policy, prompt, group=50, max_completion_length=1, **cut)
+        assert cut_rollout.completion_ids.unique().tolist() == [p.argmax().item()]
+        torch.testing.assert_close(cut_rollout.logp[0, 0], p.max().log())
+
+
+def test_the_same_seed_gives_the_same_rollout(policy):
+    first, again, other = (roll(policy, problems(4), seed=s) for s in (5, 5, 6))
+    assert first.completions == again.completions
+    assert torch.equal(first.logp, again.logp)
+    assert first.completions != other.completions
+
+
+def test_pad_may_be_eos(policy):
+    """Where a tokenizer pads with EOS, the EOS that ends a response still counts."""
+    plain = roll(policy, problems(4))
+    policy.tokenizer.pad_token = policy.tokenizer.eos_token
+    same = roll(policy, problems(4))
+    assert policy.pad_id == int(policy.eos_ids[0])
+    assert same.mask.tolist() == plain.mask.tolist()
+    assert same.completions == plain.completions
+
+
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 3.0}),
+}
+
+
+def tiny(name, vocabulary=18):
+    model_class, config_class, extra = MODELS[name]
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.3, **extra
+    )  # fmt: skip
+    return model_class(config).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_architectures(name, policy, tmp_path):
+    """From a folder: sampling, scoring, the model's own forward pass, and chunks agree; softcapped logits too."""
+    Policy(tiny(name), policy.tokenizer).save(tmp_path)
+    loaded = load_policy(str(tmp_path))
+    rollout = roll(loaded, problems(4), max_completion_length=12)
+    ids, mask, longest = rollout.inputs(torch.arange(16))
+    logp, entropy = token_logprobs(loaded.model, ids, mask, longest)
+    assert (logp - rollout.logp)[rollout.mask].abs().max() < 1e-4
+    plain = {}
+    for chunk in (None, 1, 7, 10_000):
+        loaded.model.zero_grad()
+        logp, entropy = token_logprobs(loaded.model, ids, mask, longest, 0.7, chunk)
+        (logp * rollout.mask).sum().backward()
+        plain[chunk] = (logp, entropy, [p.grad.clone() for p in loaded.model.parameters()])
+        for ours, first in zip(plain[chunk][:2], plain[None][:2], strict=True):
+            torch.testing.assert_close(ours, first, atol=1e-5, rtol=1e-5)
+        for ours, first in zip(plain[chunk][2], plain[None][2], strict=True):
+            torch.testing.assert_close(ours, first, atol=1e-3, rtol=1e-4)
+
+
+MEMORY = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from minicpgd.logprobs import token_logprobs
+model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, hidden_size=16, intermediate_size=64, num_hidden_layers=1,
+                                     num_attention_heads=4))
+chunk = eval(sys.argv[1])
+largest = 0
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        global largest
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.dim() and t.shape[-1] == 32_000:
+                largest = max(largest, t.numel() // 32_000)
+        return out
+ids = torch.randint(0, 32_000, (8, 80))
+def peak():
+    return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) / 1024
+before = peak()
+with Watch():
+    logp, _ = token_logprobs(model, ids, torch.ones_like(ids), 64, 1.0, chunk)
+    logp.sum().backward()
+print(largest, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_chunks_keep_the_logits_from_existing():
+    """V = 32,000, 8 x 64 tokens: no tensor of V columns has more rows than the chunk, and the peak shows it."""
+    peaks = {}
+    for chunk in (None, 32):
+        out = subprocess.run([sys.executable, "-c", MEMORY, str(chunk)], capture_output=True, text=True, check=True)
+        rows, peaks[chunk] = (float(x) for x in out.stdout.split())
+            # (the output layer itself is V columns by 16 rows: fewer than a chunk)
+        assert rows == (chunk or 8 * 64)
+    assert peaks[32] < peaks[None] / 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_sampled_and_scored_logprobs_agree(policy):
+    rollout = roll(policy, problems(12))
+    ids, mask, longest = rollout.inputs(torch.arange(48, device=policy.device))
+    logp, _ = token_logprobs(policy.model, ids, mask, longest)
+    assert policy.device.type == "cuda"
+    assert ((logp - rollout.logp)[rollout.mask].exp() - 1).abs().max() < 1e-3
