@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +25,9 @@ KEEP = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`step` updates are in `tensors`; `extra` holds small values that the loop carries from step to step."""
+    """The state after `step`; `extra` holds small values that the loop carries from step to step."""
 
+    path: Path
     step: int
     tensors: dict[str, Tensor]
     extra: dict[str, float]
@@ -53,11 +55,11 @@ def save_checkpoint(
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    header = {"step": str(step), "extra": json.dumps(extra)}
+    header = {"step": step, "extra": extra}
     header["digest"] = _digest(tensors, header)
     path = folder / f"step-{step:06d}.safetensors"
     folder.mkdir(exist_ok=True)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"minicpgd": json.dumps(header)}))
     for old in _newest_first(folder)[KEEP:]:
         old.unlink()
     return path
@@ -68,11 +70,11 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
     for path in _newest_first(folder):
         try:
             with safe_open(path, "pt") as file:
-                header = dict(file.metadata())
+                header = json.loads(file.metadata()["minicpgd"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if header.pop("digest") != _digest(tensors, header):
                 raise ValueError("its content does not match its digest")
-            return Checkpoint(int(header["step"]), tensors, json.loads(header["extra"]))
+            return Checkpoint(path, header["step"], tensors, header["extra"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             warn(f"{path}: damaged ({error}); going back to the one before")
     return None
@@ -96,7 +98,7 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
 
-def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

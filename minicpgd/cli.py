@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 from matplotlib.figure import Figure
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -30,24 +31,31 @@ from minicpgd.plots import FIGURES, display_name
 from minicpgd.policy import load_policy, quiet
 from minicpgd.progress import Bars, console
 from minicpgd.runlog import read_lines
-from minicpgd.study import run_all
+from minicpgd.study import WINDOW, run_all
 from minicpgd.tasks import get_task
 from minicpgd.trainer import Listener
 from minicpgd.trainer import train as train_
 
 
-def demo(seed: int = 0, folder: Path = Path("runs/demo")) -> None:
+def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, num_iterations: int = 16) -> None:
     """Train CPGD, GRPO, RLOO and REINFORCE++ side by side, 64 updates a rollout, and show what became of them.
 
     Args:
         seed: decides problems and samples, the same ones for all four.
         folder: where runs and figures go; a number is appended if it is there already.
+        max_steps: rollouts; at least 10, so that collapse can be judged.
+        num_iterations: passes over each rollout, of 4 updates each. At 1 nobody is pushed.
     """
+    if max_steps < WINDOW:
+        raise UserError(f"max_steps = {max_steps}: collapse is defined over {WINDOW} steps, so at least {WINDOW}")
     chosen, number = folder, 1
     while chosen.exists():
         number += 1
         chosen = folder.with_name(f"{folder.name}-{number}")
-    configs = demo_.demo_configs(chosen, seed)
+    configs = [
+        replace(config, max_steps=max_steps, num_iterations=num_iterations)
+        for config in demo_.demo_configs(chosen, seed)
+    ]
     k = configs[0].updates_per_rollout
     console.print(f"Four algorithms, one model, the same problems, {k} updates on every rollout.")
     with Bars([display_name(config.algorithm) for config in configs], configs[0].max_steps) as bars:
@@ -62,23 +70,24 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo")) -> None:
 
         folders = run_all(configs, on_wait=look)
 
-    table = Table(title=f"\nAfter {configs[0].max_steps} rollouts of {k} updates, seed {seed}", title_justify="left")
-    table.add_column("algorithm")
-    for name in ("accuracy before", "best", "final", "collapsed?", "largest KL", "largest ratio", "seconds"):
-        table.add_column(name, justify="right")
+    title = f"After {configs[0].max_steps} rollouts of {k} updates, seed {seed}: accuracy before, best and final"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("algorithm", "before", "best", "final", "collapsed?", "max KL", "max ratio", "seconds"):
+        table.add_column(name, justify="left" if name == "algorithm" else "right", no_wrap=True)
     for result in map(demo_.outcome, folders):
         table.add_row(
             display_name(result.algorithm),
             *(f"{share:.2f}" for share in (result.before, result.best, result.final)),
-            "[red]collapsed[/]" if result.collapsed else "[green]no[/]",
+            "[red]yes[/]" if result.collapsed else "[green]no[/]",
             f"{result.largest_kl:.2g}",
             f"{result.largest_ratio:.3g}",
             f"{result.seconds:.0f}",
         )
     console.print(table)
     console.print(
-        "Accuracy: greedy, on held-out problems. KL: from the sampling policy, nats per token. Collapsed: the mean\n"
-        "reward of the last 10 steps is below half of its best over any 10 in a row, or below that before training.\n"
+        "Accuracy: greedy, on 256 held-out problems. KL: from the sampling policy, nats per token.\n"
+        "Collapsed: the mean reward of the last 10 steps is below half of its best over any 10\n"
+        "in a row, or below that of the model before training.\n"
     )
     for path in _save(chosen, folders):
         console.print(f"figure  {path}")
@@ -215,8 +224,10 @@ def pretrain(folder: Path = Path("runs/embedded"), seed: int = 0, steps: int = p
     ):
         table.add_row(name, f"{ours:.3f}", f"{theirs:.3f}")
     console.print(table)
-    verdict = "identical to the last bit" if difference == 0 else f"differ by at most {difference:.2g}"
-    console.print(f"{folder}: the weights are {verdict if difference == 0 else 'not those shipped: they ' + verdict}")
+    verdict = (
+        "those shipped, to the last bit" if difference == 0 else f"not those shipped: off by up to {difference:.2g}"
+    )
+    console.print(f"{folder}: the weights are {verdict}")
 
 
 def _save(folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
@@ -283,5 +294,9 @@ def main() -> None:
     try:
         _parse(sys.argv[1:])()
     except UserError as error:
-        print(f"minicpgd: {error}", file=sys.stderr)
+        print(f"minicpgd: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,9 +10,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from minicpgd.runlog import Run, load_run
 
@@ -48,7 +51,7 @@ def training_curves(runs: Sequence[str | Path]) -> Figure:
     panels = (
         ("reward", "Reward", "mean reward of a response"),
         ("completion_length", "Response length", "tokens"),
-        ("kl_old", "Distance from the sampling policy", "KL to π_old [nats per token]"),
+        ("kl_old", "Distance from the sampling policy", r"KL to $\pi_{old}$  [nats per token]"),
         ("clip_frac", "Clipped tokens", "share of all tokens"),
     )
     with matplotlib.rc_context(STYLE):
@@ -62,11 +65,11 @@ def training_curves(runs: Sequence[str | Path]) -> Figure:
                 label = display_name(config.algorithm) + _suffix(config.seed, loaded)
                 axis.plot(metrics["step"], values, color=colour, linestyle=dashes, label=label)
             axis.set(title=title, ylabel=unit)
-            axis.set_ylim(bottom=0)
-        axes[0, 0].set_ylim(0, 1)
-        # KLs differ by orders of magnitude: linear near zero, logarithmic above
-        axes[1, 0].set_yscale("symlog", linthresh=0.01)
-        axes[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            if metric == "kl_old":  # they differ by orders of magnitude; the exact zeros of K = 1 are not drawn
+                axis.set_yscale("log", nonpositive="mask")
+            else:
+                axis.set_ylim(bottom=0)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis in axes[1]:
             axis.set_xlabel("step (one rollout and its K updates)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -83,18 +86,19 @@ def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
         for axis, (config, metrics, _), colour in zip(axes, loaded, COLOURS, strict=False):
             step, floor = metrics["step"], 1e-6
             low, p01, p99, high = (np.maximum(metrics[f"ratio_{name}"], floor) for name in ("min", "p01", "p99", "max"))
-            axis.fill_between(step, low, high, color=colour, alpha=0.22, linewidth=0, label="smallest to largest")
-            axis.fill_between(step, p01, p99, color=colour, alpha=0.75, linewidth=0, label="1 % to 99 %")
+            axis.fill_between(step, low, high, color=colour, alpha=0.22, linewidth=0)
+            axis.fill_between(step, p01, p99, color=colour, alpha=0.75, linewidth=0)
             high_bound = config.epsilon if config.epsilon_high is None else config.epsilon_high
             for bound in (1 - config.epsilon, 1 + high_bound):
                 axis.axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
             axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step")
             axis.set_yscale("log")
-        axes[0].set_ylabel("ratio π_θ / π_old")
-        handles, labels = axes[0].get_legend_handles_labels()
-        for handle in handles:
-            handle.set(color="#555555")
-        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes[0].set_ylabel(r"ratio $\pi_\theta / \pi_{old}$")
+        shades: list[Artist] = [Patch(color="#555555", alpha=0.75, label="1 % to 99 % of the tokens")]
+        shades += [Patch(color="#555555", alpha=0.22, label="smallest to largest")]
+        shades += [Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="clip bounds")]
+        figure.legend(handles=shades, loc="outside upper center", ncols=3)
     return figure
 
 

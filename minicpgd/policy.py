@@ -103,11 +103,18 @@ def load_policy(
         ) from error
     nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     if disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        model.config.attention_dropout = 0.0
+        _disable_dropout(model)
     reference = copy.deepcopy(model).requires_grad_(False).eval() if with_reference else None
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return Policy(model, tokenizer, reference)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Both kinds: modules, and the numbers that attention layers copied from the config when they were made."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

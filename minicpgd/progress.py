@@ -34,8 +34,9 @@ class Bars:
             disable=not console.is_terminal,
         )
         self.names, self.total = list(names), total
-        self.started = self.last_line = time.monotonic()
-        self.tasks: list[TaskID] = [self.progress.add_task(name, total=total, note="") for name in names]
+        self.last_line = time.monotonic()
+        self.first: dict[int, tuple[int, float]] = {}  # a bar's clock starts when it is first heard of
+        self.tasks: list[TaskID] = [self.progress.add_task(n, start=False, total=total, note="") for n in names]
 
     def __enter__(self) -> "Bars":
         self.progress.start()
@@ -46,9 +47,13 @@ class Bars:
 
     def update(self, which: int, done: int, note: str) -> None:
         """Show that `done` steps of bar number `which` are done, and a few words."""
-        self.progress.update(self.tasks[which], completed=done, note=note)
         now = time.monotonic()
+        if which not in self.first:
+            self.first[which] = (done, now)
+            self.progress.start_task(self.tasks[which])
+        self.progress.update(self.tasks[which], completed=done, note=note)
         if not console.is_terminal and (done == self.total or now - self.last_line > PLAIN_LINE_SECONDS):
             self.last_line = now
-            left = (now - self.started) * (self.total - done) / max(1, done)
-            console.print(f"{self.names[which]} {done}/{self.total}, {left:.0f} s left: {note}")
+            first, started = self.first[which]
+            left = (now - started) * (self.total - done) / max(1, done - first)
+            console.print(f"{self.names[which]} {done}/{self.total}, about {left:.0f} s left: {note}")

@@ -68,6 +68,7 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
         checkpoint = load_checkpoint(log.folder / "checkpoints", listener.warn)
         done = checkpoint.step if checkpoint else -1
         log.keep_until(done)
+    saved = checkpoint.path if checkpoint else None
     if checkpoint:
         restore(checkpoint, trainer.policy.model, trainer.optimizer)
         trainer.drift_coef = checkpoint.extra["drift_coef"]
@@ -77,7 +78,7 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
             metrics, timings, samples = trainer.step(step) if step else (trainer.starting_point(), {}, [])
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"step {step}: {error}; {log.folder}/checkpoints holds the state of an earlier step. "
+                f"step {step}: {error}; the last good checkpoint is {saved or 'none yet'}. "
                 "Try a smaller learning_rate or fewer num_iterations, or algorithm=cpgd"
             ) from error
         stopping = listener.stop()
@@ -86,7 +87,7 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
             log.append("timings", [{"step": step, **timings}] if timings else [])
             log.append("samples", samples)
             if step % config.save_steps == 0 or step == config.max_steps or stopping:
-                save_checkpoint(
+                saved = save_checkpoint(
                     log.folder / "checkpoints",
                     step,
                     trainer.policy.model,

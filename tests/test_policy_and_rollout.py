@@ -195,7 +195,7 @@ def test_chunks_keep_the_logits_from_existing():
     for chunk in (None, 32):
         out = subprocess.run([sys.executable, "-c", MEMORY, str(chunk)], capture_output=True, text=True, check=True)
         rows, peaks[chunk] = (float(x) for x in out.stdout.split())
-            # (the output layer itself is V columns by 16 rows: fewer than a chunk)
+        # (the output layer itself is V columns by 16 rows: fewer than a chunk)
         assert rows == (chunk or 8 * 64)
     assert peaks[32] < peaks[None] / 3
 

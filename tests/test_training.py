@@ -15,8 +15,9 @@ from minicpgd.study import collapsed
 from minicpgd.trainer import Listener, Trainer
 
 METRICS = (
-    "reward reward_std frac_reward_zero_std accuracy completion_length frac_truncated drift_coef entropy kl_old ratio_min "
-    "ratio_p01 ratio_p99 ratio_max clip_frac_pos clip_frac_neg grad_norm loss learning_rate eval_accuracy step"
+    "reward reward_std frac_reward_zero_std accuracy completion_length frac_truncated drift_coef entropy kl_old "
+    "ratio_min ratio_p01 ratio_p99 ratio_max clip_frac_pos clip_frac_neg grad_norm loss learning_rate "
+    "eval_accuracy step"
 ).split()
 TIMINGS = "step rollout_seconds update_seconds tokens_per_second peak_memory_bytes".split()
 
@@ -70,7 +71,9 @@ def test_metrics_of_a_rollout(small):
         assert metrics["frac_reward_zero_std"][step] == (len(set(rewards)) == 1)
         ended = 1  # each response that was not cut has an end-of-sequence token that the text does not show
         if metrics["frac_truncated"][step] == 0:
-            assert metrics["completion_length"][step] == pytest.approx(np.mean([len(s["completion"]) for s in rows]) + ended)
+            assert metrics["completion_length"][step] == pytest.approx(
+                np.mean([len(s["completion"]) for s in rows]) + ended
+            )
         assert metrics["drift_coef"][step] == 2.5
 
 
@@ -142,7 +145,7 @@ def test_beta_holds_the_policy_to_its_start(small):
 
 
 def test_auto_keeps_its_value_when_nothing_is_learned(small):
-    trainer = Trainer.from_config(small())
+    trainer = Trainer.from_config(small(num_minibatches=1))
     trainer.drift_coef = 0.123
     trainer.reward = lambda prompts, completions, **_: [0.5] * len(completions)
     metrics, _, _ = trainer.step(1)

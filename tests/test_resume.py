@@ -1,0 +1,205 @@
+"""A run that was interrupted, in whatever way, ends as if nothing had happened."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minicpgd import UserError, load_run, train
+from minicpgd.checkpoint import load_checkpoint
+from minicpgd.trainer import Listener, Trainer
+
+FLAGS = (
+    "--max-steps 24 --num-prompts 2 --num-generations 4 --num-minibatches 2 --num-iterations 2 --eval-steps 5 "
+    "--eval-problems 8 --save-steps 3 --logging-steps 2"
+).split()
+KILLS = int(os.environ.get("MINICPGD_KILLS", "3"))
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "minicpgd.cli", *map(str, arguments)]
+
+
+def run_cli(*arguments, **more):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, **more)
+
+
+def results(folder):
+    names = ("metrics.jsonl", "samples.jsonl", "model/model.safetensors", "checkpoints/step-000024.safetensors")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run_cli("train", "--output-dir", folder, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    return results(folder)
+
+
+@pytest.mark.parametrize("attempt", range(KILLS))
+def test_kill_9_at_a_random_moment(attempt, undisturbed, tmp_path):
+    """MINICPGD_KILLS=30 for the long version."""
+    rng, folder, kills = random.Random(time.time_ns() + attempt), tmp_path / "run", 0
+    while not (folder / "model" / "model.safetensors").exists() and kills < 3:
+        if (folder / "config.json").exists():
+            process = subprocess.Popen(command("train", "--resume", folder), stdout=subprocess.DEVNULL)
+        else:
+            process = subprocess.Popen(command("train", "--output-dir", folder, *FLAGS), stdout=subprocess.DEVNULL)
+        while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)  # most of the time would go into killing imports otherwise
+        time.sleep(rng.uniform(0, 1.2))
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run_cli("train", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    assert results(folder) == undisturbed
+    steps = load_run(folder).metrics["step"].tolist()
+    assert steps == list(range(25))
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_says_how_to_go_on(number, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command("train", "--output-dir", folder, *FLAGS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert f"minicpgd train --resume {folder}" in out
+    assert "Traceback" not in err
+    last = int(load_run(folder).metrics["step"][-1])
+    assert (folder / "checkpoints" / f"step-{last:06d}.safetensors").exists()
+    done = run_cli("train", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    ours = results(folder)
+    assert ours == undisturbed
+
+
+def stop_at(step):
+    seen = []
+    return Listener(step=lambda s, *_: seen.append(s), stop=lambda: bool(seen) and seen[-1] >= step - 1)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "header"])
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(damage, small, tmp_path):
+    whole = train(small("whole", max_steps=6, save_steps=1))
+    folder = train(small(max_steps=6, save_steps=1), listener=stop_at(4))
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    content = bytearray(newest.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    elif damage == "header":
+        content[20] ^= 1
+    newest.write_bytes({"truncate": content[:-100], "empty": b""}.get(damage, content))
+    warnings = []
+    train(small(max_steps=6, save_steps=1), resume=True, listener=Listener(warn=warnings.append))
+    assert len(warnings) == 1
+    assert str(newest) in warnings[0]
+    assert "\n" not in warnings[0]
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_all_checkpoints_damaged_starts_over(small):
+    folder = train(small(max_steps=4, save_steps=1), listener=stop_at(3))
+    whole = (folder / "metrics.jsonl").read_bytes()
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(b"nonsense")
+    warnings = []
+    train(small(max_steps=4, save_steps=1), resume=True, listener=Listener(warn=warnings.append))
+    assert len(warnings) == 2
+    assert (folder / "metrics.jsonl").read_bytes().startswith(whole)
+
+
+def test_a_torn_last_line_is_made_again(small):
+    folder = train(small(max_steps=4, save_steps=2), listener=stop_at(2))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    train(small(max_steps=4, save_steps=2), resume=True)
+    assert load_run(folder).metrics["step"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_two_checkpoints_are_kept(small):
+    folder = train(small(max_steps=6, save_steps=1))
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000005.safetensors",
+        "step-000006.safetensors",
+    ]
+
+
+def test_a_longer_run_is_the_same_run(small):
+    long = train(small("long", max_steps=5, eval_steps=1))
+    folder = train(small(max_steps=3, eval_steps=1))
+    train(small(max_steps=5, eval_steps=1), resume=True)
+    assert load_run(folder).config.max_steps == 5
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (folder / name).read_bytes() == (long / name).read_bytes()
+
+
+def test_a_resume_with_other_settings_names_them(small):
+    train(small())
+    with pytest.raises(UserError, match=r"seed was 0, is 3; learning_rate was 0.0001, is 0.5"):
+        train(small(learning_rate=0.5, seed=3), resume=True)
+    with pytest.raises(UserError, match=r"max_steps was 3, is 2"):
+        train(small(max_steps=2), resume=True)
+
+
+def test_dropout_is_resumed_too(small, tmp_path, policy):
+    """The one thing that draws from the global source of randomness."""
+    policy.model.config.attention_dropout = 0.3
+    policy.save(tmp_path / "model")
+    changes = {"model": str(tmp_path / "model"), "disable_dropout": False, "max_steps": 4, "save_steps": 1}
+    whole = train(small("whole", **changes))
+    folder = train(small(**changes), listener=stop_at(2))
+    train(small(**changes), resume=True)
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    without = train(small("without", **(changes | {"disable_dropout": True})))
+    assert (without / "metrics.jsonl").read_bytes() != (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_checkpoint_holds_all_that_a_step_needs(small):
+    """Bit for bit: weights, moments, and the drift coefficient in force."""
+    folder = train(small(max_steps=2))
+    trainer = Trainer.from_config(small())
+    checkpoint = load_checkpoint(folder / "checkpoints", pytest.fail)
+    trained = [name for name, p in trainer.policy.model.named_parameters() if p.requires_grad]
+    assert {f"model.{name}" for name in trained} < set(checkpoint.tensors)
+    moments = [key for key in checkpoint.tensors if key.startswith("optimizer.")]
+    assert len(moments) == 3 * len(trained)
+    assert checkpoint.step == 2
+    assert checkpoint.extra["drift_coef"] == load_run(folder).metrics["drift_coef"][-1]
+    assert load_checkpoint(folder / "nowhere", pytest.fail) is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on file sizes")
+def test_a_full_disk(small):
+    """A file may not grow beyond 200 kB: the checkpoint cannot be written, one line says so, nothing is lost."""
+    folder = train(small(max_steps=6, save_steps=1), listener=stop_at(2))
+    before = {p: p.read_bytes() for p in (folder / "checkpoints").iterdir()}
+    assert len(before) == 2
+    done = run_cli(
+        "train", "--resume", folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cannot be written" in done.stderr
+    assert f"minicpgd train --resume {folder}" in done.stderr
+    assert {p: p.read_bytes() for p in (folder / "checkpoints").iterdir()} == before
+    assert run_cli("train", "--resume", folder).returncode == 0
+    whole = train(small("whole", max_steps=6, save_steps=1))
+    torch.testing.assert_close(load_run(folder).metrics, load_run(whole).metrics, equal_nan=True, rtol=0, atol=0)
+    assert Path(folder, "model").is_dir()
