@@ -227,11 +227,16 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
 
 
 def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
-    r"""The smallest drift coefficient that is safe for these advantages: $\alpha = \max |A|$.
+    r"""A drift coefficient that is safe for these advantages: $\alpha = \max |A|$. Ours, not the paper's.
 
-    For one context and exact expectations, the drift-penalised objective has its one maximum where every ratio is
-    $r^* = 1 + A/\alpha$, provided $\alpha > -\min A$; below that bound it drives the worst action's probability to zero.
-    With $\alpha = \max|A|$ every $r^*$ lies in [0, 2]. This rule is this package's own, not the paper's.
+    Take one context, exact expectations under $\pi_{old}$, no clip, and an advantage of mean 0. The objective is
+
+    $$ \sum_a \pi_{old}(a)\,(A(a) + \alpha)\,\ln\frac{\pi(a)}{\pi_{old}(a)} $$
+
+    Where every weight $A + \alpha$ is positive, that is $\alpha > -\min A$, its one maximum over the simplex is
+    $\pi = \pi_{old}(1 + A/\alpha)$: each ratio settles at $r^* = 1 + A/\alpha$, and the expected advantage rises by
+    $\mathrm{Var}(A)/\alpha$. Below that bound the worst action's weight is negative, and driving its probability to zero
+    is worth infinitely much. With $\alpha = \max|A|$ every $r^*$ lies in [0, 2], where the drift's bound of 2 is idle.
 
     Args:
         advantages: any shape, of one rollout.
