@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import tyro
 
-from minicpgd import TrainConfig, trainer
+from minicpgd import TrainConfig, learner
 from minicpgd.algorithms import Algorithm
 from minicpgd.policy import quiet
 
@@ -45,9 +45,9 @@ def main(config: TrainConfig) -> None:
     """Run a few steps, and print where their time went."""
     quiet()
     spent: dict[str, float] = defaultdict(float)
-    run = trainer.Trainer.from_config(config)
-    trainer.generate = timed(spent, "generation", trainer.generate)
-    trainer.token_logprobs = timed(spent, "scoring (forward)", trainer.token_logprobs)
+    run = learner.Learner.from_config(config)
+    learner.generate = timed(spent, "generation", learner.generate)
+    learner.token_logprobs = timed(spent, "scoring (forward)", learner.token_logprobs)
     Algorithm.loss = timed(spent, "loss", Algorithm.loss)  # type: ignore[method-assign]
     torch.Tensor.backward = timed(spent, "backward", torch.Tensor.backward)  # type: ignore[method-assign]
     run.optimizer.step = timed(spent, "optimizer", run.optimizer.step)  # type: ignore[method-assign]

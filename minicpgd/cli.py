@@ -48,10 +48,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
     """
     if max_steps < WINDOW:
         raise UserError(f"max_steps = {max_steps}: collapse is defined over {WINDOW} steps, so at least {WINDOW}")
-    chosen, number = folder, 1
-    while chosen.exists():
-        number += 1
-        chosen = folder.with_name(f"{folder.name}-{number}")
+    chosen = demo_.free_folder(folder)
     configs = [
         replace(config, max_steps=max_steps, num_iterations=num_iterations)
         for config in demo_.demo_configs(chosen, seed)
@@ -71,8 +68,8 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
         folders = run_all(configs, on_wait=look)
 
     title = f"After {configs[0].max_steps} rollouts of {k} updates, seed {seed}: accuracy before, best and final"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("algorithm", "before", "best", "final", "collapsed?", "max KL", "max ratio", "seconds"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for name in ("algorithm", "before", "best", "final", "collapsed?", "largest KL", "largest ratio", "seconds"):
         table.add_column(name, justify="left" if name == "algorithm" else "right", no_wrap=True)
     for result in map(demo_.outcome, folders):
         table.add_row(
@@ -89,7 +86,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
         "Collapsed: the mean reward of the last 10 steps is below half of its best over any 10\n"
         "in a row, or below that of the model before training.\n"
     )
-    for path in _save(chosen, folders):
+    for path in save_figures(chosen, folders):
         console.print(f"figure  {path}")
     console.print(f"runs    {chosen}/")
     console.print("next    `minicpgd sample " + str(folders[0]) + "` shows what CPGD's policy writes now;")
@@ -195,7 +192,7 @@ def plot(runs: tyro.conf.Positional[list[Path]], /, out: Path = Path("figures"))
     """
     if not 1 <= len(runs) <= 7:
         raise UserError(f"plot: {len(runs)} runs given; 1 to 7 can be told apart in one figure")
-    for path in _save(out, runs):
+    for path in save_figures(out, runs):
         console.print(f"figure  {path}")
 
 
@@ -230,7 +227,8 @@ def pretrain(folder: Path = Path("runs/embedded"), seed: int = 0, steps: int = p
     console.print(f"{folder}: the weights are {verdict}")
 
 
-def _save(folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
+def save_figures(folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
+    """Draw every figure of `plots.FIGURES` from some runs, and say where each went."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         figure: Figure = draw(runs)
@@ -238,7 +236,7 @@ def _save(folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
         yield folder / f"{name}.png"
 
 
-def _parse(argv: list[str]) -> Callable[[], None]:
+def parse(argv: list[str]) -> Callable[[], None]:
     """Let tyro read the command line; what it has to object to becomes one line."""
     stored = TrainConfig()
     if argv[:1] == ["train"] and "--resume" in argv[:-1]:  # what is not given then comes from the run itself
@@ -292,7 +290,7 @@ def main() -> None:
     """Entry point of `minicpgd`."""
     quiet()
     try:
-        _parse(sys.argv[1:])()
+        parse(sys.argv[1:])()
     except UserError as error:
         print(f"minicpgd: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,7 @@ way in which a policy can get ahead of its data, and it takes a laptop two minut
 """
 
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,12 @@ from minicpgd.runlog import load_run, load_timings
 from minicpgd.study import collapsed
 
 ALGORITHMS = ("cpgd", "grpo", "rloo", "reinforce_pp")
+
+
+def free_folder(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... that does not exist."""
+    candidates = (folder.with_name(f"{folder.name}-{n}") if n > 1 else folder for n in count(1))
+    return next(path for path in candidates if not path.exists())
 
 
 def demo_configs(folder: Path, seed: int = 0) -> list[TrainConfig]:

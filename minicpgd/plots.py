@@ -68,7 +68,7 @@ def training_curves(runs: Sequence[str | Path]) -> Figure:
             if metric == "kl_old":  # they differ by orders of magnitude; the exact zeros of K = 1 are not drawn
                 axis.set_yscale("log", nonpositive="mask")
             else:
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(bottom=min(0, axis.dataLim.y0))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis in axes[1]:
             axis.set_xlabel("step (one rollout and its K updates)")

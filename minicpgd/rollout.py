@@ -85,12 +85,7 @@ def generate(
             logits_to_keep=1,
         ).logits[:, -1]
         logits = logits.float() / temperature
-        if not logits.isfinite().all():
-            raise NonFiniteError("the model's logits are not finite")
-        if generator is None:
-            token = logits.argmax(-1)
-        else:
-            token = torch.multinomial(_cut(logits, top_k, top_p).softmax(-1), 1, generator=generator).squeeze(1)
+        token = _draw(logits, top_k, top_p, generator)
         token_logp, token_entropy = logp_and_entropy(logits, token)
         alive = rows[running]
         ids[alive, t], logp[alive, t], entropy[alive, t] = token[running], token_logp[running], token_entropy[running]
@@ -123,10 +118,15 @@ def generate(
     )
 
 
-def _cut(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Leave the likeliest tokens only; the warpers' first argument, the text so far, is not looked at."""
+def _draw(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """(b, V) logits to (b,) token ids: drawn from the likeliest, or, without a generator, the likeliest."""
+    if not logits.isfinite().all():
+        raise NonFiniteError("the model's logits are not finite")
+    if generator is None:
+        return logits.argmax(-1)
+    # the warpers' first argument, the text so far, is not looked at
     if top_k > 0:
         logits = TopKLogitsWarper(top_k)(None, logits)  # type: ignore[arg-type]
     if top_p < 1:
         logits = TopPLogitsWarper(top_p)(None, logits)  # type: ignore[arg-type]
-    return logits
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

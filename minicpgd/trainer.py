@@ -1,42 +1,21 @@
-r"""The loop: rollout, reward, advantage, K updates, log.
+r"""The loop: one step after the other, each logged, some saved, until the end or until somebody says stop.
 
-Everything an algorithm is stands in its row of the table; everything here is the same for all of them.
-
-K = `num_iterations` * `num_minibatches` updates are made on one rollout. At the first of them
-$\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift has neither value nor gradient, and all algorithms
-agree. What tells them apart is how far K and the learning rate can be turned up before the policy falls apart.
-
-A step's randomness is decided by (seed, step) alone, so any step can be repeated, and a run that was killed goes on bit
-for bit from its newest checkpoint.
+What a step does stands in `learner.py`. Here a run gets its folder, goes on from a checkpoint, and is left in a state
+from which it can go on.
 """
 
-import random
-import resource
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from minicpgd.algorithms import ALGORITHMS, Algorithm, LossOutput, auto_drift_coef, token_metrics
 from minicpgd.checkpoint import load_checkpoint, restore, save_checkpoint
 from minicpgd.config import TrainConfig
-from minicpgd.divergence import k3
 from minicpgd.errors import NonFiniteError, UserError
-from minicpgd.evaluation import respond
-from minicpgd.logprobs import token_logprobs
-from minicpgd.policy import Policy, load_policy
-from minicpgd.rewards import RewardFunction, call_reward, load_reward
-from minicpgd.rollout import Rollout, generate
+from minicpgd.learner import Learner
 from minicpgd.runlog import RunLog
-from minicpgd.tasks import Task, get_task
 
 
 @dataclass(frozen=True)
@@ -62,7 +41,7 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
         UserError: what cannot be loaded, resumed or written, a reward function that fails, a run folder that exists.
         NonFiniteError: a loss or gradient stopped being a number; checkpoints hold the last good state.
     """
-    trainer = Trainer.from_config(config)
+    learner = Learner.from_config(config)
     with _writing(config.folder):
         log = RunLog.reopen(config) if resume else RunLog.create(config)
         checkpoint = load_checkpoint(log.folder / "checkpoints", listener.warn)
@@ -70,12 +49,12 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
         log.keep_until(done)
     saved = checkpoint.path if checkpoint else None
     if checkpoint:
-        restore(checkpoint, trainer.policy.model, trainer.optimizer)
-        trainer.drift_coef = checkpoint.extra["drift_coef"]
+        restore(checkpoint, learner.policy.model, learner.optimizer)
+        learner.drift_coef = checkpoint.extra["drift_coef"]
 
     for step in range(done + 1, config.max_steps + 1):
         try:
-            metrics, timings, samples = trainer.step(step) if step else (trainer.starting_point(), {}, [])
+            metrics, timings, samples = learner.step(step) if step else (learner.starting_point(), {}, [])
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"step {step}: {error}; the last good checkpoint is {saved or 'none yet'}. "
@@ -90,244 +69,16 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
                 saved = save_checkpoint(
                     log.folder / "checkpoints",
                     step,
-                    trainer.policy.model,
-                    trainer.optimizer,
-                    {"drift_coef": trainer.drift_coef},
+                    learner.policy.model,
+                    learner.optimizer,
+                    {"drift_coef": learner.drift_coef},
                 )
         listener.step(step, metrics, timings)
         if stopping and step < config.max_steps:
             return log.folder
     with _writing(config.folder):
-        trainer.policy.save(log.folder / "model")
+        learner.policy.save(log.folder / "model")
     return log.folder
-
-
-@dataclass
-class Trainer:
-    """What a run carries from step to step. `drift_coef` is the one in force: "auto" sets it anew at each rollout."""
-
-    config: TrainConfig
-    algorithm: Algorithm
-    task: Task
-    reward: RewardFunction
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    drift_coef: float
-
-    @classmethod
-    def from_config(cls, config: TrainConfig) -> "Trainer":
-        """Load what the config names."""
-        task = get_task(config.task)
-        policy = load_policy(
-            config.model,
-            with_reference=config.beta > 0,
-            gradient_checkpointing=config.gradient_checkpointing,
-            disable_dropout=config.disable_dropout,
-        )
-        policy.model.train()
-        trained = [p for p in policy.model.parameters() if p.requires_grad]
-        return cls(
-            config=config,
-            algorithm=ALGORITHMS[config.algorithm],
-            task=task,
-            reward=load_reward(config.reward) if config.reward else task.reward,
-            policy=policy,
-            optimizer=torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True),
-            drift_coef=1.0 if config.drift_coef == "auto" else config.drift_coef,
-        )
-
-    def step(self, step: int) -> tuple[dict[str, float], dict[str, float], list[dict]]:
-        """One rollout and the K updates made on it.
-
-        Returns:
-            metrics, timings (seconds, tokens per second, bytes), and rows for samples.jsonl.
-        """
-        config, draws, started = self.config, _draws(self.config.seed, step, self.policy.device), time.perf_counter()
-
-        problems = self.task.sample(config.num_prompts, draws.problems)
-        rollout = generate(
-            self.policy,
-            [problem["prompt"] for problem in problems],
-            config.num_generations,
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            generator=draws.tokens,
-        )
-        rows = [problem for problem in problems for _ in range(config.num_generations)]
-        rewards = self._grouped(call_reward(self.reward, rows, rollout.completions))
-        sampled = time.perf_counter()
-
-        ref_logp = self._reference_logp(rollout)
-        penalised = rewards
-        if ref_logp is not None and self.algorithm.reference_kl == "reward":
-            penalised = rewards - config.beta * self._grouped(((rollout.logp - ref_logp) * rollout.mask).sum(dim=1))
-        advantages = self.algorithm.advantages(
-            penalised, self._grouped(rollout.lengths), advantage_weight=config.advantage_weight
-        ).flatten()
-        if config.drift_coef == "auto":
-            self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
-
-        losses, norms = [], []
-        for _ in range(config.num_iterations):
-            last_pass: list[LossOutput] = []
-            for minibatch in torch.randperm(len(advantages), generator=draws.order).chunk(config.num_minibatches):
-                outputs, norm = self.update(rollout, advantages, ref_logp, minibatch.to(self.policy.device))
-                losses.append(sum(output.loss.item() for output in outputs))
-                norms.append(norm)
-                last_pass += outputs
-        ended = time.perf_counter()
-
-        right = [self.task.is_correct(row, text) for row, text in zip(rows, rollout.completions, strict=True)]
-        metrics = {
-            **_rollout_metrics(rollout, rewards, right),
-            "drift_coef": self.drift_coef if self.algorithm.drift else 0.0,
-            **token_metrics(last_pass),
-            "grad_norm": float(np.mean(norms)),
-            "loss": float(np.mean(losses)),
-            "learning_rate": config.learning_rate,
-        }
-        if ref_logp is not None:
-            metrics.setdefault("kl_ref", k3((ref_logp - rollout.logp)[rollout.mask]).mean().item())
-        if step % config.eval_steps == 0 or step == config.max_steps:
-            metrics["eval_accuracy"] = self._respond(sampled=False)[1].double().mean().item()
-        timings = {
-            "rollout_seconds": sampled - started,
-            "update_seconds": ended - sampled,
-            "tokens_per_second": int(rollout.lengths.sum()) / (ended - started),
-            "peak_memory_bytes": _peak_memory(),
-        }
-        samples = []
-        if step % config.logging_steps == 0:
-            samples = [
-                {"step": step, "prompt": row["prompt"], "completion": text, "reward": reward, "advantage": advantage}
-                for row, text, reward, advantage in zip(
-                    rows, rollout.completions, rewards.flatten().tolist(), advantages.tolist(), strict=True
-                )
-            ][: config.num_generations]
-        return metrics, timings, samples
-
-    def update(
-        self, rollout: Rollout, advantages: Tensor, ref_logp: Tensor | None, rows: Tensor
-    ) -> tuple[list[LossOutput], float]:
-        """One optimizer step on some responses, in micro-batches.
-
-        Args:
-            advantages: (B,).
-            ref_logp: (B, T) or None.
-            rows: (b,) indices of the minibatch's responses.
-
-        Returns:
-            The loss of each micro-batch (their sum is the minibatch's), and the gradient's norm before clipping.
-
-        Raises:
-            NonFiniteError: before anything was changed.
-        """
-        config, model, parameters = self.config, self.policy.model, self.optimizer.param_groups[0]["params"]
-        mask = rollout.mask & ~rollout.truncated[:, None] if config.mask_truncated_completions else rollout.mask
-        weights = self.algorithm.token_weights(mask[rows], config.max_completion_length, config.aggregation)
-        size, outputs = config.micro_batch_size or len(rows), []
-        for part, part_weights in zip(rows.split(size), weights.split(size), strict=True):
-            ids, attention, t = rollout.inputs(part)
-            logp, _ = token_logprobs(model, ids, attention, t, config.temperature, config.chunk_size)
-            output = self.algorithm.loss(
-                logp,
-                rollout.logp[part, :t],
-                advantages[part],
-                mask[part, :t],
-                epsilon=config.epsilon,
-                epsilon_high=config.epsilon_high,
-                drift_coef=self.drift_coef,
-                drift_clip=config.drift_clip,
-                beta=config.beta,
-                ref_logp=None if ref_logp is None else ref_logp[part, :t],
-                importance_level=config.importance_level,
-                token_weights=part_weights[:, :t],
-            )
-            output.loss.backward()
-            outputs.append(output)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-        if not np.isfinite(norm) or not all(output.loss.isfinite() for output in outputs):
-            raise NonFiniteError(f"the loss is {sum(o.loss.item() for o in outputs)}, the gradient's norm {norm}")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return outputs, norm
-
-    def starting_point(self) -> dict[str, float]:
-        """Line 0: what the model can do before training, on the held-out set."""
-        rollout, right = self._respond(sampled=True)
-        problems = self.task.held_out(self.config.eval_problems)
-        return {
-            "reward": float(np.mean(call_reward(self.reward, problems, rollout.completions))),
-            "accuracy": right.double().mean().item(),
-            "completion_length": rollout.lengths.double().mean().item(),
-            "eval_accuracy": self._respond(sampled=False)[1].double().mean().item(),
-        }
-
-    def _respond(self, *, sampled: bool) -> tuple[Rollout, Tensor]:
-        return respond(
-            self.policy,
-            self.task,
-            self.config.eval_problems,
-            int(sampled),
-            max_completion_length=self.config.max_completion_length,
-            temperature=self.config.temperature,
-        )
-
-    def _grouped(self, values: list[float] | Tensor) -> Tensor:
-        """B values, one per response, to (N, G)."""
-        return torch.as_tensor(values, device=self.policy.device).view(-1, self.config.num_generations)
-
-    @torch.no_grad()
-    def _reference_logp(self, rollout: Rollout) -> Tensor | None:
-        """(B, T): what the reference policy thinks of the sampled tokens; None where there is no reference."""
-        if self.policy.reference is None:
-            return None
-        ref_logp = torch.zeros_like(rollout.logp)
-        everyone = torch.arange(len(rollout.lengths), device=self.policy.device)
-        for part in everyone.split(self.config.micro_batch_size or len(everyone) // self.config.num_minibatches):
-            ids, attention, t = rollout.inputs(part)
-            ref_logp[part, :t], _ = token_logprobs(
-                self.policy.reference, ids, attention, t, self.config.temperature, self.config.chunk_size
-            )
-        return ref_logp
-
-
-class _Draws(NamedTuple):
-    problems: random.Random
-    tokens: torch.Generator
-    order: torch.Generator
-
-
-def _draws(seed: int, step: int, device: torch.device) -> _Draws:
-    """The sources of a step's randomness, from (seed, step) and nothing else."""
-    words = [int(w) for w in np.random.SeedSequence([seed, step]).generate_state(4)]
-    torch.manual_seed(words[3])  # dropout, where a model keeps it, draws from the global source
-    return _Draws(
-        random.Random(words[0]), torch.Generator(device).manual_seed(words[1]), torch.Generator().manual_seed(words[2])
-    )
-
-
-def _rollout_metrics(rollout: Rollout, rewards: Tensor, right: list[bool]) -> dict[str, float]:
-    deviation = rewards.std(dim=1, correction=min(1, rewards.shape[1] - 1))
-    return {
-        "reward": rewards.mean().item(),
-        "reward_std": deviation.mean().item(),
-        "frac_reward_zero_std": (deviation == 0).double().mean().item(),
-        "accuracy": float(np.mean(right)),
-        "completion_length": rollout.lengths.double().mean().item(),
-        "frac_truncated": rollout.truncated.double().mean().item(),
-        "entropy": rollout.entropy[rollout.mask].mean().item(),
-    }
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
 @contextmanager

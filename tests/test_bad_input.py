@@ -9,9 +9,10 @@ import torch
 
 from minicpgd import TrainConfig, UserError, evaluate, load_run, train
 from minicpgd.errors import ConfigError, NonFiniteError
+from minicpgd.learner import Learner
 from minicpgd.policy import load_policy
 from minicpgd.rewards import call_reward
-from minicpgd.trainer import Listener, Trainer
+from minicpgd.trainer import Listener
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_a_reward_function_that_raises_in_training(small, tmp_path, monkeypatch)
 @pytest.mark.parametrize("where", ["weights", "loss"])
 def test_a_loss_that_is_not_finite_stops_the_run(small, monkeypatch, where):
     """At step 2: the line names it, what to try, and the checkpoint of step 1 is there and whole."""
-    plain, config = Trainer.update, small(save_steps=1)
+    plain, config = Learner.update, small(save_steps=1)
 
     def poisoned(self, rollout, advantages, ref_logp, rows):
         if len(list((config.folder / "checkpoints").iterdir())) == 2:  # steps 0 and 1 are saved
@@ -171,11 +172,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, monkeypatch, where):
                 advantages = advantages * float("inf")
         return plain(self, rollout, advantages, ref_logp, rows)
 
-    monkeypatch.setattr(Trainer, "update", poisoned)
+    monkeypatch.setattr(Learner, "update", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 2: .*learning_rate") as caught:
         train(config)
     assert "step-000001" in str(caught.value)
-    monkeypatch.setattr(Trainer, "update", plain)
+    monkeypatch.setattr(Learner, "update", plain)
     train(config, resume=True)
     whole = train(small("whole", save_steps=1))
     assert (config.folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()

@@ -14,7 +14,8 @@ import torch
 
 from minicpgd import UserError, load_run, train
 from minicpgd.checkpoint import load_checkpoint
-from minicpgd.trainer import Listener, Trainer
+from minicpgd.learner import Learner
+from minicpgd.trainer import Listener
 
 FLAGS = (
     "--max-steps 24 --num-prompts 2 --num-generations 4 --num-minibatches 2 --num-iterations 2 --eval-steps 5 "
@@ -174,9 +175,9 @@ def test_dropout_is_resumed_too(small, tmp_path, policy):
 def test_a_checkpoint_holds_all_that_a_step_needs(small):
     """Bit for bit: weights, moments, and the drift coefficient in force."""
     folder = train(small(max_steps=2))
-    trainer = Trainer.from_config(small())
+    learner = Learner.from_config(small())
     checkpoint = load_checkpoint(folder / "checkpoints", pytest.fail)
-    trained = [name for name, p in trainer.policy.model.named_parameters() if p.requires_grad]
+    trained = [name for name, p in learner.policy.model.named_parameters() if p.requires_grad]
     assert {f"model.{name}" for name in trained} < set(checkpoint.tensors)
     moments = [key for key in checkpoint.tensors if key.startswith("optimizer.")]
     assert len(moments) == 3 * len(trained)

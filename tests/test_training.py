@@ -10,9 +10,10 @@ import torch
 import minicpgd
 from minicpgd import ALGORITHMS, TrainConfig, UserError, evaluate, load_run, train
 from minicpgd.evaluation import pass_at_k
+from minicpgd.learner import Learner
 from minicpgd.runlog import load_timings
 from minicpgd.study import collapsed
-from minicpgd.trainer import Listener, Trainer
+from minicpgd.trainer import Listener
 
 METRICS = (
     "reward reward_std frac_reward_zero_std accuracy completion_length frac_truncated drift_coef entropy kl_old "
@@ -96,11 +97,11 @@ def test_micro_batches_make_the_same_update(small, name):
             algorithm=name, micro_batch_size=size, num_generations=8, beta=0.1, max_completion_length=12,
             mask_truncated_completions=True, num_iterations=2,
         )  # fmt: skip
-        trainer = Trainer.from_config(config)
-        trainer.optimizer = torch.optim.SGD(trainer.policy.model.parameters(), lr=0.1)
-        metrics, _, _ = trainer.step(1)
+        learner = Learner.from_config(config)
+        learner.optimizer = torch.optim.SGD(learner.policy.model.parameters(), lr=0.1)
+        metrics, _, _ = learner.step(1)
         assert 0 < metrics["frac_truncated"] < 1
-        after.append(([p.detach().clone() for p in trainer.policy.model.parameters()], metrics))
+        after.append(([p.detach().clone() for p in learner.policy.model.parameters()], metrics))
     for whole, parts in zip(after[0][0], after[1][0], strict=True):
         torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-5)
     assert {k: pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in after[0][1].items()} == after[1][1]
@@ -109,10 +110,10 @@ def test_micro_batches_make_the_same_update(small, name):
 def test_chunks_and_checkpointing_make_the_same_update(small):
     after = []
     for changes in ({}, {"chunk_size": 16}, {"gradient_checkpointing": True}):
-        trainer = Trainer.from_config(small(**changes))
-        trainer.optimizer = torch.optim.SGD(trainer.policy.model.parameters(), lr=0.1)
-        trainer.step(1)
-        after.append([p.detach().clone() for p in trainer.policy.model.parameters()])
+        learner = Learner.from_config(small(**changes))
+        learner.optimizer = torch.optim.SGD(learner.policy.model.parameters(), lr=0.1)
+        learner.step(1)
+        after.append([p.detach().clone() for p in learner.policy.model.parameters()])
     for other in after[1:]:
         for a, b in zip(after[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -122,11 +123,11 @@ def test_masked_truncated_responses_teach_nothing(small):
     """All are cut: nothing changes. Without the mask, something does."""
     for masked in (True, False):
         config = small(max_completion_length=2, mask_truncated_completions=masked, drift_coef=0.0, num_generations=16)
-        trainer = Trainer.from_config(config)
-        before = [p.detach().clone() for p in trainer.policy.model.parameters()]
-        trainer.reward = lambda prompts, completions, **_: [float(c[0] == "#") for c in completions]
-        metrics, _, _ = trainer.step(1)
-        unchanged = all(torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters(), strict=True))
+        learner = Learner.from_config(config)
+        before = [p.detach().clone() for p in learner.policy.model.parameters()]
+        learner.reward = lambda prompts, completions, **_: [float(c[0] == "#") for c in completions]
+        metrics, _, _ = learner.step(1)
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, learner.policy.model.parameters(), strict=True))
         assert metrics["frac_truncated"] > 0.7
         if metrics["frac_truncated"] == 1:
             assert unchanged == masked
@@ -145,10 +146,10 @@ def test_beta_holds_the_policy_to_its_start(small):
 
 
 def test_auto_keeps_its_value_when_nothing_is_learned(small):
-    trainer = Trainer.from_config(small(num_minibatches=1))
-    trainer.drift_coef = 0.123
-    trainer.reward = lambda prompts, completions, **_: [0.5] * len(completions)
-    metrics, _, _ = trainer.step(1)
+    learner = Learner.from_config(small(num_minibatches=1))
+    learner.drift_coef = 0.123
+    learner.reward = lambda prompts, completions, **_: [0.5] * len(completions)
+    metrics, _, _ = learner.step(1)
     assert metrics["drift_coef"] == 0.123
     assert metrics["frac_reward_zero_std"] == 1
     assert metrics["grad_norm"] < 1e-4
