@@ -89,7 +89,8 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
     for path in save_figures(chosen, folders):
         console.print(f"figure  {path}")
     console.print(f"runs    {chosen}/")
-    console.print("next    `minicpgd sample " + str(folders[0]) + "` shows what CPGD's policy writes now;")
+    program = sys.argv[0] if sys.argv[0].endswith("minicpgd") else "minicpgd"
+    console.print(f"next    {program} sample {folders[0]}   shows what CPGD's policy writes now;")
     console.print("        minicpgd/algorithms.py is the table these four rows come from.")
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import minicpgd.cli
 from minicpgd import TrainConfig, UserError, evaluate, load_run, train
 from minicpgd.errors import ConfigError, NonFiniteError
 from minicpgd.learner import Learner
@@ -198,14 +199,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, monkeypatch, where):
         ("", "demo, train"),
     ],
 )
-def test_the_command_line_says_it_in_one_line(arguments, words, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "minicpgd.cli", *arguments.split()],
-        capture_output=True, text=True, cwd=tmp_path, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert words in done.stderr
+def test_the_command_line_says_it_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["minicpgd", *arguments.split()])
+    with pytest.raises(SystemExit) as leaving:
+        minicpgd.cli.main()
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2
+    assert error.count("\n") == 1, error
+    assert words in error
     assert not any(tmp_path.rglob("*.json"))
 
 
