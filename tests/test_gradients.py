@@ -247,18 +247,18 @@ def test_the_reference_kl():
 
 
 def test_metrics_by_hand():
-    ratios = [[0.5, 1.0, 1.1, 9.9], [0.7, 1.3, 2.0, 9.9], [1.3, 0.7, 1.0, 1.25]]
+    ratios = [[0.5, 1.0, 1.1, 9.9], [0.7, 1.3, 2.0, 9.9], [1.3, 0.7, 1.0, 1.15]]
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
     old = torch.full((3, 4), -2.0, dtype=torch.float64)
     logp = old + torch.tensor(ratios, dtype=torch.float64).log()
     advantages = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64)
     metrics = loss_of("cpgd", logp, old, advantages, mask).metrics
-    inside = [0.5, 1.0, 1.1, 0.7, 1.3, 2.0, 1.3, 0.7, 1.0, 1.25]
+    inside = [0.5, 1.0, 1.1, 0.7, 1.3, 2.0, 1.3, 0.7, 1.0, 1.15]
     assert metrics["kl_old"] == pytest.approx(np.mean([r - 1 - math.log(r) for r in inside]))
     assert metrics["ratio_min"] == pytest.approx(0.5)
     assert metrics["ratio_max"] == pytest.approx(2.0)
     assert metrics["clip_frac_neg"] == pytest.approx(2 / 10)  # 0.5 and 0.7, pushed down already
-    assert metrics["clip_frac_pos"] == pytest.approx(2 / 10)  # 1.3 and 1.25, pulled up already
+    assert metrics["clip_frac_pos"] == pytest.approx(1 / 10)  # 1.3, pulled up already
     dual = loss_of("grpo_dual_clip", old + math.log(3.5), old, advantages, mask).metrics
     assert dual["clip_frac_neg"] == pytest.approx(6 / 10)
     assert loss_of("pg", logp, old, advantages, mask).metrics["clip_frac_neg"] == 0
