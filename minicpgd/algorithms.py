@@ -1,6 +1,6 @@
 r"""The table: every algorithm is one row.
 
-An algorithm answers five questions, and the table below has a column for each:
+An algorithm answers four questions, and the table at the end of this file has columns for each:
 
 1. *advantage* and *weight*: how good was a response? (`advantages.py`)
 2. *surrogate*: what is climbed, and where does a token stop counting? (`surrogates.py`)
@@ -9,6 +9,9 @@ An algorithm answers five questions, and the table below has a column for each:
 
 $$ \mathrm{loss} = \sum_t w_t \left( -\mathrm{surrogate}_t + \alpha\, \mathrm{drift}_t
    + \beta\, \mathrm{KL}_{ref,t} \right) $$
+
+The weights $w_t$ are the aggregation's. A row may also take the ratio at another `level`, bring its own `epsilon_high`, or
+charge the reference KL to the reward.
 
 To try an idea of your own: write its function beside the others and add a row.
 
@@ -103,7 +106,7 @@ class Algorithm:
             advantage_weight: "equal", "std" or "clip_filter" in place of the row's own.
 
         Returns:
-            (N, G). Rewards that are equal within what they are compared with give exactly 0.
+            (N, G). If nothing tells the rewards apart, within the group or the batch, exactly 0.
         """
         return WEIGHTS[advantage_weight or self.weight](rewards) * self.advantage(rewards, lengths)
 
@@ -227,7 +230,7 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
 
 
 def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
-    r"""A drift coefficient that is safe for these advantages: $\alpha = \max |A|$. Ours, not the paper's.
+    r"""The drift coefficient at which no advantage can run away: $\alpha = \max |A|$. Ours, not the paper's.
 
     Take one context, exact expectations under $\pi_{old}$, no clip, and an advantage of mean 0. The objective is
 
@@ -236,7 +239,9 @@ def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
     Where every weight $A + \alpha$ is positive, that is $\alpha > -\min A$, its one maximum over the simplex is
     $\pi = \pi_{old}(1 + A/\alpha)$: each ratio settles at $r^* = 1 + A/\alpha$, and the expected advantage rises by
     $\mathrm{Var}(A)/\alpha$. Below that bound the worst action's weight is negative, and driving its probability to zero
-    is worth infinitely much. With $\alpha = \max|A|$ every $r^*$ lies in [0, 2], where the drift's bound of 2 is idle.
+    is worth infinitely much. $\alpha = \max|A|$ is never below it: every $r^*$ lies in [0, 2], and is 0 only for a response
+    whose negative advantage is the largest of all, which then has nothing to gain from either direction. (A ratio of 2 is
+    short of 3, where the slope of `bounded_drift` stops growing.)
 
     Args:
         advantages: any shape, of one rollout.

@@ -26,7 +26,7 @@ from minicpgd import pretrain as pretrain_
 from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import UserError
 from minicpgd.evaluation import evaluate as evaluate_
-from minicpgd.evaluation import respond
+from minicpgd.evaluation import open_policy, respond
 from minicpgd.plots import FIGURES, display_name
 from minicpgd.policy import load_policy, quiet
 from minicpgd.progress import Bars, console
@@ -38,7 +38,7 @@ from minicpgd.trainer import train as train_
 
 
 def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, num_iterations: int = 16) -> None:
-    """Train CPGD, GRPO, RLOO and REINFORCE++ side by side, 64 updates a rollout, and show what became of them.
+    """Train CPGD, GRPO, RLOO and REINFORCE++ side by side, pushed hard, and show what became of them.
 
     Args:
         seed: decides problems and samples, the same ones for all four.
@@ -68,13 +68,14 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
         folders = run_all(configs, on_wait=look)
 
     title = f"After {configs[0].max_steps} rollouts of {k} updates, seed {seed}: accuracy before, best and final"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for name in ("algorithm", "before", "best", "final", "collapsed?", "largest KL", "largest ratio", "seconds"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("algorithm", "before", "best", "final", "reward", "collapsed?", "max KL", "max ratio", "sec."):
         table.add_column(name, justify="left" if name == "algorithm" else "right", no_wrap=True)
     for result in map(demo_.outcome, folders):
         table.add_row(
             display_name(result.algorithm),
             *(f"{share:.2f}" for share in (result.before, result.best, result.final)),
+            f"{result.reward_before:.2f} → {result.reward_last:.2f}",
             "[red]yes[/]" if result.collapsed else "[green]no[/]",
             f"{result.largest_kl:.2g}",
             f"{result.largest_ratio:.3g}",
@@ -82,9 +83,9 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
         )
     console.print(table)
     console.print(
-        "Accuracy: greedy, on 256 held-out problems. KL: from the sampling policy, nats per token.\n"
-        "Collapsed: the mean reward of the last 10 steps is below half of its best over any 10\n"
-        "in a row, or below that of the model before training.\n"
+        "Accuracy: greedy, on 256 held-out problems. Reward: of sampled responses, before training and in\n"
+        "the last 10 steps. Collapsed: that is below half of its best over any 10 in a row, or below the\n"
+        "reward before training. KL and ratio: of the policy to the one that sampled; nats per token.\n"
     )
     for path in save_figures(chosen, folders):
         console.print(f"figure  {path}")
@@ -166,15 +167,14 @@ def sample(
         temperature: of the sampling; 0 takes the likeliest token each time.
         seed: chooses problems and samples.
     """
-    model = Path(run_or_model) / "model"
-    policy = load_policy(str(model) if model.is_dir() else run_or_model)
-    task = get_task("chain_arithmetic")
+    policy, config = open_policy(run_or_model)
+    task = get_task(config.task)
     rollout, right = respond(
         policy,
         task,
         num_problems,
         int(temperature > 0),
-        max_completion_length=64,
+        max_completion_length=config.max_completion_length,
         temperature=temperature or 1.0,
         seed=seed,
     )
@@ -269,7 +269,7 @@ def parse(argv: list[str]) -> Callable[[], None]:
                 args=argv,
             )
     except SystemExit as leaving:
-        text = re.sub(r"─{5,} (?!│)", "", re.split(r"│ ─{5,}", objection.getvalue())[0])
+        text = re.sub(r"─{5,} (?!│)", "", re.split(r"│ ─{5,}", objection.getvalue())[0].partition("\n")[2])
         words = " ".join(re.sub("[╭╮╰╯│─]", " ", text).split())
         if leaving.code and words:
             command = argv[0] if argv and argv[0] in commands else ""
@@ -290,6 +290,7 @@ def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 def main() -> None:
     """Entry point of `minicpgd`."""
     quiet()
+    sys.path.insert(0, "")  # as `python -m` has it: a reward function may lie in the folder one is in
     try:
         parse(sys.argv[1:])()
     except UserError as error:

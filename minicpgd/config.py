@@ -23,7 +23,7 @@ class TrainConfig:
     """One training run."""
 
     algorithm: str = "cpgd"
-    """A row of `minicpgd.ALGORITHMS`: cpgd, grpo, rloo, reinforce_pp, ..."""
+    """cpgd, grpo, rloo, reinforce_pp, or another row of the table in README.md."""
     model: str = "embedded"
     """The embedded model, a local folder, or a name on the model hub."""
     task: str = "chain_arithmetic"
@@ -48,7 +48,7 @@ class TrainConfig:
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this probability. Below 1 sampling is off-policy."""
     top_k: int = 0
-    """Sample from this many of the likeliest tokens. 0: from all; more is off-policy."""
+    """Sample from this many of the likeliest tokens. 0: from all. A cut makes sampling off-policy."""
 
     num_minibatches: int = 4
     """Parts a rollout is cut into; each makes one update per pass."""
@@ -76,9 +76,9 @@ class TrainConfig:
     aggregation: str | None = None
     """One of sequence_mean, token_mean, constant. None: the algorithm's own."""
     importance_level: str | None = None
-    """Ratios of each token, a whole sequence, or its geometric mean, sequence_mean. None: the algorithm's own."""
+    """Ratios are taken per token, per sequence, or per sequence_mean (geometric). None: the algorithm's own."""
     mask_truncated_completions: bool = False
-    """Leave responses that were cut out of the loss."""
+    """Leave out of the loss those responses that ran into max_completion_length."""
 
     disable_dropout: bool = True
     """Dropout makes the ratio differ from 1 before the first update."""
@@ -138,7 +138,8 @@ class TrainConfig:
         for name, known in choices.items():
             value = getattr(self, name)
             if value is not None and value not in known:
-                near = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
+                near = difflib.get_close_matches(value, known, n=3, cutoff=0.4)
+                near.sort(key=lambda name: sorted(name) != sorted(value))  # swapped letters first
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ConfigError(f"{name} = {value!r}: {hint}choose from {', '.join(known)}")
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import UserError
 from minicpgd.policy import Policy, load_policy
 from minicpgd.rollout import Rollout, generate
-from minicpgd.runlog import load_run
 from minicpgd.tasks import Task, get_task
 
 
@@ -52,18 +52,12 @@ def evaluate(
     Raises:
         UserError: no such model, or a run that has not finished.
     """
+    config = TrainConfig()
     if isinstance(run_or_model, Policy):
         policy = run_or_model
     else:
-        folder = Path(run_or_model)
-        if (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file():
-            config = load_run(folder).config
-            task, max_completion_length = task or config.task, max_completion_length or config.max_completion_length
-            run_or_model = folder / "model"
-            if not run_or_model.is_dir():
-                raise UserError(f"{folder}: has not finished; go on with `minicpgd train --resume {folder}`")
-        policy = load_policy(str(run_or_model))
-    chosen, length = get_task(task or "chain_arithmetic"), max_completion_length or 64
+        policy, config = open_policy(run_or_model)
+    chosen, length = get_task(task or config.task), max_completion_length or config.max_completion_length
     greedy = respond(policy, chosen, num_problems, max_completion_length=length, seed=seed)
     sampled = respond(
         policy, chosen, num_problems, num_samples, max_completion_length=length, temperature=temperature, seed=seed
@@ -73,6 +67,20 @@ def evaluate(
     for k in [2**i for i in range(num_samples.bit_length())]:
         result[f"pass@{k}"] = sum(pass_at_k(num_samples, c, k) for c in correct) / num_problems
     return result | {"completion_length": greedy[0].lengths.double().mean().item()}
+
+
+def open_policy(run_or_model: str | Path) -> tuple[Policy, TrainConfig]:
+    """The policy of a finished run, with the run's config; or a model, with the default one.
+
+    Raises:
+        UserError: no such model, or a run that has not finished.
+    """
+    folder = Path(run_or_model)
+    if not ((folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()):
+        return load_policy(str(run_or_model)), TrainConfig()
+    if not (folder / "model").is_dir():
+        raise UserError(f"{folder}: has not finished; if it is not running, `minicpgd train --resume {folder}`")
+    return load_policy(str(folder / "model")), load_config(folder / "config.json")
 
 
 def respond(

@@ -1,10 +1,13 @@
 r"""One training step: rollout, reward, advantage, K updates.
 
-Everything an algorithm is stands in its row of the table; everything here is the same for all of them.
+Everything an algorithm is stands in its row of the table; everything here is the same for all of them. In: a config.
+Out of each `step`: metrics, timings and some samples; the policy has changed meanwhile. To change what a step does,
+begin with `Learner.step`: it is the pseudocode.
 
 K = `num_iterations` * `num_minibatches` updates are made on one rollout. At the first of them
-$\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift has neither value nor gradient, and all algorithms
-agree. What tells them apart is how far K and the learning rate can be turned up before the policy falls apart.
+$\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift has neither value nor gradient, and all surrogates
+have the same gradient. What tells them apart is how far K and the learning rate can be turned up before the policy
+falls apart.
 
 A step's randomness is decided by (seed, step) alone, so any step can be repeated, and a run that was killed goes on bit
 for bit from its newest checkpoint.
@@ -69,6 +72,8 @@ class Learner:
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float], list[dict]]:
         """One rollout and the K updates made on it.
+
+        Ratios, KL and clipped shares are those of the last pass, each minibatch seen just before its own update.
 
         Returns:
             metrics, timings (seconds, tokens per second, bytes), and rows for samples.jsonl.

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from minicpgd.algorithms import ALGORITHMS
 from minicpgd.runlog import Run, load_run
 
 STYLE: dict[Any, Any] = {
@@ -88,8 +89,9 @@ def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
             low, p01, p99, high = (np.maximum(metrics[f"ratio_{name}"], floor) for name in ("min", "p01", "p99", "max"))
             axis.fill_between(step, low, high, color=colour, alpha=0.22, linewidth=0)
             axis.fill_between(step, p01, p99, color=colour, alpha=0.75, linewidth=0)
-            high_bound = config.epsilon if config.epsilon_high is None else config.epsilon_high
-            for bound in (1 - config.epsilon, 1 + high_bound):
+            row = ALGORITHMS[config.algorithm]
+            high_bound = next(e for e in (config.epsilon_high, row.epsilon_high, config.epsilon) if e is not None)
+            for bound in (1 - config.epsilon, 1 + high_bound) if "clip" in row.surrogate.__name__ else ():
                 axis.axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
             axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step")
             axis.set_yscale("log")

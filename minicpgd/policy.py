@@ -89,6 +89,8 @@ def load_policy(
     """
     source = str(EMBEDDED) if name == "embedded" else name
     folder = Path(source)
+    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+        raise UserError(f"model = {name!r}: there is no such folder")  # before a hub is asked, and asked again
     if folder.is_dir():
         for pattern, what in (("config.json", "config"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
             if not list(folder.glob(pattern)):

@@ -34,7 +34,7 @@ class Bars:
             disable=not console.is_terminal,
         )
         self.names, self.total = list(names), total
-        self.last_line = time.monotonic()
+        self.last_line: dict[int, float] = {}
         self.first: dict[int, tuple[int, float]] = {}  # a bar's clock starts when it is first heard of
         self.tasks: list[TaskID] = [self.progress.add_task(n, start=False, total=total, note="") for n in names]
 
@@ -52,8 +52,12 @@ class Bars:
             self.first[which] = (done, now)
             self.progress.start_task(self.tasks[which])
         self.progress.update(self.tasks[which], completed=done, note=note)
-        if not console.is_terminal and (done == self.total or now - self.last_line > PLAIN_LINE_SECONDS):
-            self.last_line = now
+        if not console.is_terminal and (
+            done == self.total or now - self.last_line.setdefault(which, now) > PLAIN_LINE_SECONDS
+        ):
+            self.last_line[which] = now
             first, started = self.first[which]
-            left = (now - started) * (self.total - done) / max(1, done - first)
-            console.print(f"{self.names[which]} {done}/{self.total}, about {left:.0f} s left: {note}")
+            left = (now - started) * (self.total - done) / (done - first) if done > first else 0
+            console.print(
+                f"{self.names[which]} {done}/{self.total}{f', about {left:.0f} s left' if left else ''}: {note}"
+            )

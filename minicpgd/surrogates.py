@@ -12,11 +12,14 @@ to be *maximised*. At $r = 1$ all of them have the same gradient, $A$; they diff
 | `ratio_dual_clip` | $r A$ | 0 | 0 beyond r = 3 |
 | `capped_weight` | $r A$ | $(1 + \varepsilon_{high}) A$ | $(1 + \varepsilon_{high}) A$ |
 
+(For small r the mirror image holds: rows with r A fade out, the others keep their force until they are clipped.)
+
 The fourth row is PPO's, and so GRPO's, RLOO's and REINFORCE++'s: a bad token whose probability *rose* is pushed down
 with a force that grows with the ratio. The second row is CPGD's: no ratio multiplies the advantage.
 
 In: `log_ratio` d, `advantage` A, `logp`, all broadcastable to (B, T), and the bounds as log-ratios `low` < 0 < `high`.
-Out: a pair, the objective and the same without its bound. Where the two differ, the token counts as clipped.
+Out: a pair, the objective and the same without its bound. Where the two differ, the token counts as clipped. All have
+one signature, whether or not they need all of it. At the end stand the `LEVELS` at which a ratio can be taken.
 """
 
 import math

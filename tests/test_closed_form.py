@@ -50,12 +50,14 @@ def test_below_the_bound_the_worst_action_dies(factor):
     assert probabilities[2] < 2e-3 * OLD[A.argmin()]
 
 
-def test_auto_is_above_the_bound_and_keeps_every_ratio_below_two():
+def test_auto_is_never_below_the_bound():
+    """Ratios end at 1 + A / alpha, all in [0, 2]; that of the worst action at 0, which ascent nears as 1 / steps."""
     alpha = auto_drift_coef(A)
     assert alpha >= -A.min()
-    ratios = ascend(alpha, steps=4000) / OLD
-    assert ratios.min() > -1e-6
-    assert ratios.max() < 2 + 1e-6
+    closed_form = 1 + A / alpha
+    torch.testing.assert_close(ascend(alpha, steps=4000) / OLD, closed_form, atol=0.02, rtol=0)
+    assert closed_form.min() >= 0
+    assert closed_form.max() <= 2
     assert alpha == pytest.approx(A.abs().max().item())
 
 
