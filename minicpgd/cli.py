@@ -214,13 +214,8 @@ def pretrain(folder: Path = Path("runs/embedded"), seed: int = 0, steps: int = p
     difference = pretrain_.largest_difference(folder)
     table = Table("1,024 held-out problems, one sample each", "remade", "shipped")
     a, b = pretrain_.measure(remade), pretrain_.measure(load_policy("embedded"))
-    for name, ours, theirs in (
-        ("accuracy", a.accuracy, b.accuracy),
-        ("share of worked answers", a.worked_share, b.worked_share),
-        ("accuracy of worked answers", a.worked_accuracy, b.worked_accuracy),
-        ("accuracy of guesses", a.guess_accuracy, b.guess_accuracy),
-    ):
-        table.add_row(name, f"{ours:.3f}", f"{theirs:.3f}")
+    for name in ("accuracy", "worked_share", "worked_accuracy", "guess_accuracy"):
+        table.add_row(name.replace("_", " "), f"{getattr(a, name):.3f}", f"{getattr(b, name):.3f}")
     console.print(table)
     verdict = (
         "those shipped, to the last bit" if difference == 0 else f"not those shipped: off by up to {difference:.2g}"

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -20,9 +21,10 @@ EMBEDDED = Path(str(files("minicpgd") / "embedded"))
 
 
 def quiet() -> None:
-    """Keep transformers from drawing progress bars of its own; for programs that draw theirs."""
+    """Keep transformers and the hub's client from drawing bars and telling of retries; for programs with their own."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
 
 
 @dataclass

@@ -148,4 +148,4 @@ def test_pretraining_makes_a_model_from_a_seed(tmp_path, cli):
     assert loaded.tokenizer.decode(loaded.tokenizer("7+5*3=")["input_ids"]) == "7+5*3="
     out = cli("pretrain", "--folder", tmp_path / "d", "--steps", 6)
     assert "the weights are not those shipped" in out
-    assert "share of worked answers" in out
+    assert "worked share" in out
