@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import tyro
 from matplotlib.figure import Figure
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -67,15 +66,15 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
 
         folders = run_all(configs, on_wait=look)
 
-    title = f"After {configs[0].max_steps} rollouts of {k} updates, seed {seed}: accuracy before, best and final"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("algorithm", "before", "best", "final", "reward", "collapsed?", "max KL", "max ratio", "sec."):
+    title = f"\nAfter {configs[0].max_steps} rollouts of {k} updates, seed {seed}: accuracy before, best and final"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "max ratio", "sec."):
         table.add_column(name, justify="left" if name == "algorithm" else "right", no_wrap=True)
     for result in map(demo_.outcome, folders):
         table.add_row(
             display_name(result.algorithm),
             *(f"{share:.2f}" for share in (result.before, result.best, result.final)),
-            f"{result.reward_before:.2f} → {result.reward_last:.2f}",
+            f"{result.reward_before:.2f}→{result.reward_last:.2f}",
             "[red]yes[/]" if result.collapsed else "[green]no[/]",
             f"{result.largest_kl:.2g}",
             f"{result.largest_ratio:.3g}",
@@ -83,7 +82,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
         )
     console.print(table)
     console.print(
-        "Accuracy: greedy, on 256 held-out problems. Reward: of sampled responses, before training and in\n"
+        "\nAccuracy: greedy, on 256 held-out problems. Reward: of sampled responses, before training and in\n"
         "the last 10 steps. Collapsed: that is below half of its best over any 10 in a row, or below the\n"
         "reward before training. KL and ratio: of the policy to the one that sampled; nats per token.\n"
     )
