@@ -1,5 +1,6 @@
 """Sampling and scoring: the same policy, the same tokens, the same numbers."""
 
+import os
 import random
 import subprocess
 import sys
@@ -177,11 +178,12 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(t, torch.Tensor) and t.dim() and t.shape[-1] == 32_000:
                 largest = max(largest, t.numel() // 32_000)
         return out
-ids = torch.randint(0, 32_000, (8, 80))
+ids = torch.randint(0, 32_000, (24, 80))
 def peak():
     return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) / 1024
-token_logprobs(model, ids[:1, :4], torch.ones_like(ids[:1, :4]), 2, 1.0, 1)[0].sum().backward()  # what loads once
-before = peak()
+with Watch():  # what is loaded once, and the watching itself, are not to be counted
+    token_logprobs(model, ids[:1, :4], torch.ones_like(ids[:1, :4]), 2, 1.0, 1)[0].sum().backward()
+before, largest = peak(), 0
 with Watch():
     logp, _ = token_logprobs(model, ids, torch.ones_like(ids), 64, 1.0, chunk)
     logp.sum().backward()
@@ -191,14 +193,17 @@ print(largest, peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_chunks_keep_the_logits_from_existing():
-    """V = 32,000, 8 x 64 tokens: no tensor of V columns has more rows than the chunk, and the peak shows it."""
+    """V = 32,000, 24 x 64 tokens: no tensor of V columns has more rows than the chunk, and the peak shows it."""
     peaks = {}
     for chunk in (None, 32):
-        out = subprocess.run([sys.executable, "-c", MEMORY, str(chunk)], capture_output=True, text=True, check=True)
+        # glibc would keep what was freed, now more and now less of it; the peak is to be that of the tensors
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        command = [sys.executable, "-c", MEMORY, str(chunk)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         rows, peaks[chunk] = (float(x) for x in out.stdout.split())
         # (the output layer itself is V columns by 16 rows: fewer than a chunk)
-        assert rows == (chunk or 8 * 64)
-    assert peaks[32] < peaks[None] / 3
+        assert rows == (chunk or 24 * 64)
+    assert peaks[32] < peaks[None] / 8
 
 
 @pytest.mark.gpu
