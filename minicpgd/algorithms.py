@@ -153,8 +153,7 @@ class Algorithm:
         m = inside.to(logp.dtype)
         d = torch.where(inside, logp - old_logp, 0.0)
         A = advantages[:, None].to(logp.dtype)
-        low = math.log1p(-epsilon)
-        high = math.log1p(next(e for e in (epsilon_high, self.epsilon_high, epsilon) if e is not None))
+        low, high = map(math.log, self.clip_bounds(epsilon, epsilon_high))
 
         level = LEVELS[importance_level or self.level]
         objective, unclipped = self.surrogate(level(d, m), A, torch.where(inside, logp, 0.0), low, high)
@@ -177,6 +176,11 @@ class Algorithm:
             mask=inside,
             ref_kl=None if ref_kl is None else ref_kl.detach(),
         )
+
+    def clip_bounds(self, epsilon: float, epsilon_high: float | None = None) -> tuple[float, float]:
+        """The ratios at which this row clips; above, what was asked for counts before the row's own, then `epsilon`."""
+        above = next(e for e in (epsilon_high, self.epsilon_high, epsilon) if e is not None)
+        return 1 - epsilon, 1 + above
 
     def token_weights(
         self, mask: Tensor, max_completion_length: int | None = None, aggregation: str | None = None

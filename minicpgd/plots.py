@@ -90,8 +90,8 @@ def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
             axis.fill_between(step, low, high, color=colour, alpha=0.22, linewidth=0)
             axis.fill_between(step, p01, p99, color=colour, alpha=0.75, linewidth=0)
             row = ALGORITHMS[config.algorithm]
-            high_bound = next(e for e in (config.epsilon_high, row.epsilon_high, config.epsilon) if e is not None)
-            for bound in (1 - config.epsilon, 1 + high_bound) if "clip" in row.surrogate.__name__ else ():
+            bounds = row.clip_bounds(config.epsilon, config.epsilon_high)
+            for bound in bounds if "clip" in row.surrogate.__name__ else ():
                 axis.axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
             axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step")
             axis.set_yscale("log")
