@@ -103,6 +103,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> None:
     if resume:
         config = replace(config, output_dir=str(resume))
     interrupted: list[int] = []
+    reached = 0
 
     def remember(number: int, _: object) -> None:
         if interrupted:
@@ -114,6 +115,8 @@ def train(config: TrainConfig, resume: Path | None = None) -> None:
     with Bars([display_name(config.algorithm)], config.max_steps) as bars:
 
         def heard(step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
+            nonlocal reached
+            reached = step
             note = f"reward {metrics['reward']:.2f}  length {metrics['completion_length']:.0f}"
             bars.update(0, step, note + (f"  accuracy {a:.2f}" if (a := metrics.get("eval_accuracy")) else ""))
 
@@ -123,7 +126,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> None:
         folder = train_(config, resume=bool(resume), listener=listener)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if not (folder / "model").is_dir():
+    if interrupted and reached < config.max_steps:  # model/ would not tell: a run that was made longer has one already
         console.print(f"stopped and saved. Go on with: minicpgd train --resume {folder}")
         sys.exit(128 + interrupted[0])
     console.print(f"done: {folder}   (minicpgd evaluate {folder}; minicpgd plot {folder})")

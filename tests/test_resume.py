@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import minicpgd.cli
 from minicpgd import UserError, load_run, train
 from minicpgd.checkpoint import load_checkpoint
 from minicpgd.learner import Learner
@@ -149,6 +150,24 @@ def test_a_longer_run_is_the_same_run(small):
     assert load_run(folder).config.max_steps == 5
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (folder / name).read_bytes() == (long / name).read_bytes()
+
+
+def test_a_longer_run_that_is_stopped_says_so(small, monkeypatch, capsys):
+    """Its model/ is there from the first time; that does not make it done."""
+    folder = train(small(max_steps=2))
+    plain = minicpgd.cli.train_
+
+    def interrupted_at_once(*arguments, **more):
+        signal.raise_signal(signal.SIGINT)
+        return plain(*arguments, **more)
+
+    monkeypatch.setattr(minicpgd.cli, "train_", interrupted_at_once)
+    monkeypatch.setattr(sys, "argv", ["minicpgd", "train", "--resume", str(folder), "--max-steps", "9"])
+    with pytest.raises(SystemExit) as leaving:
+        minicpgd.cli.main()
+    assert leaving.value.code == 128 + signal.SIGINT
+    assert "stopped and saved" in capsys.readouterr().out
+    assert load_run(folder).metrics["step"][-1] == 3
 
 
 def test_a_resume_with_other_settings_names_them(small):
