@@ -56,7 +56,7 @@ def main(config: TrainConfig) -> None:
     for step in range(1, WARM_UP + STEPS + 1):
         spent.clear()
         started = now()
-        _, timings, _ = run.step(step)
+        timings = run.step(step).timings
         whole = now() - started
         spent["everything else"] = whole - sum(spent.values())
         if step > WARM_UP:

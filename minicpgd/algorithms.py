@@ -272,6 +272,9 @@ _ROWS = (
     Algorithm("grpo_unclipped",         group_centred,          "std",   ratio_free,      "sequence_mean", False, "what the clip was holding"),
     Algorithm("grpo_dual_clip",         group_centred,          "std",   ratio_dual_clip, "sequence_mean", False, "is the unbounded side the culprit?"),
     Algorithm("grpo_drift",             group_centred,          "std",   ratio_clip,      "sequence_mean", True,  "which half of CPGD does the work?"),
+    # the others, given the drift
+    Algorithm("rloo_drift",             leave_one_out,          "equal", ratio_clip,      "sequence_mean", True,  "does the drift help RLOO as much?"),
+    Algorithm("reinforce_pp_drift",     batch_whitened,         "equal", ratio_clip,      "token_mean",    True,  "and REINFORCE++?", reference_kl="reward"),
     # the relatives
     Algorithm("dr_grpo",                group_centred,          "equal", ratio_clip,      "constant",      False, "no length and no deviation divides"),
     Algorithm("dapo",                   group_centred,          "std",   ratio_clip,      "token_mean",    False, "clip higher, every token alike", epsilon_high=0.28),

@@ -94,7 +94,7 @@ class TrainConfig:
     save_steps: int = 10
     """A checkpoint every this many steps, and after the last; two are kept."""
     logging_steps: int = 10
-    """Sampled responses go to samples.jsonl every this many steps."""
+    """Sampled responses go to samples.jsonl, and each pass to passes.jsonl, every this many steps, and at step 1."""
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -70,13 +70,10 @@ class Learner:
             drift_coef=1.0 if config.drift_coef == "auto" else config.drift_coef,
         )
 
-    def step(self, step: int) -> tuple[dict[str, float], dict[str, float], list[dict]]:
+    def step(self, step: int) -> "StepLog":
         """One rollout and the K updates made on it.
 
         Ratios, KL and clipped shares are those of the last pass, each minibatch seen just before its own update.
-
-        Returns:
-            metrics, timings (seconds, tokens per second, bytes), and rows for samples.jsonl.
         """
         config, draws, started = self.config, _draws(self.config.seed, step, self.policy.device), time.perf_counter()
         problems, rollout = self.sample(draws)
@@ -87,19 +84,24 @@ class Learner:
         advantages = self.advantages(rollout, rewards, ref_logp)
         if config.drift_coef == "auto":
             self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
-        losses, norms = [], []
-        for _ in range(config.num_iterations):
+        logged = step == 1 or step % config.logging_steps == 0
+        losses, norms, passes = [], [], []
+        for number in range(1, config.num_iterations + 1):
             last_pass: list[LossOutput] = []
             for minibatch in torch.randperm(len(advantages), generator=draws.order).chunk(config.num_minibatches):
                 outputs, norm = self.update(rollout, advantages, ref_logp, minibatch.to(self.policy.device))
                 losses.append(sum(output.loss.item() for output in outputs))
                 norms.append(norm)
                 last_pass += outputs
+            if logged:
+                passes.append({"step": step, "pass": number, **token_metrics(last_pass)})
         ended = time.perf_counter()
 
         right = [self.task.is_correct(p, text) for p, text in zip(problems, rollout.completions, strict=True)]
         metrics = {
             **_rollout_metrics(rollout, rewards, right),
+            "advantage_min": advantages.min().item(),
+            "advantage_max": advantages.max().item(),
             "drift_coef": self.drift_coef if self.algorithm.drift else 0.0,
             **token_metrics(last_pass),
             "grad_norm": float(np.mean(norms)),
@@ -116,10 +118,8 @@ class Learner:
             "tokens_per_second": int(rollout.lengths.sum()) / (ended - started),
             "peak_memory_bytes": _peak_memory(),
         }
-        samples = []
-        if step % config.logging_steps == 0:
-            samples = _sample_rows(step, problems, rollout, rewards, advantages)
-        return metrics, timings, samples
+        samples = _sample_rows(step, problems, rollout, rewards, advantages) if logged else []
+        return StepLog(metrics, timings, samples, passes)
 
     def sample(self, draws: "Draws") -> tuple[list[dict[str, str]], Rollout]:
         """Fresh problems, each G times, and the B responses to them."""
@@ -190,16 +190,17 @@ class Learner:
         self.optimizer.zero_grad()
         return outputs, norm
 
-    def starting_point(self) -> dict[str, float]:
+    def starting_point(self) -> "StepLog":
         """Line 0: what the model can do before training, on the held-out set."""
         rollout, right = self._respond(sampled=True)
         problems = self.task.held_out(self.config.eval_problems)
-        return {
+        metrics = {
             "reward": float(np.mean(call_reward(self.reward, problems, rollout.completions))),
             "accuracy": right.double().mean().item(),
             "completion_length": rollout.lengths.double().mean().item(),
             "eval_accuracy": self._respond(sampled=False)[1].double().mean().item(),
         }
+        return StepLog(metrics, {}, [], [])
 
     def _respond(self, *, sampled: bool) -> tuple[Rollout, Tensor]:
         return respond(
@@ -228,6 +229,15 @@ class Learner:
                 self.policy.reference, ids, attention, t, self.config.temperature, self.config.chunk_size
             )
         return ref_logp
+
+
+class StepLog(NamedTuple):
+    """What a step leaves in the run's folder."""
+
+    metrics: dict[str, float]  # for metrics.jsonl
+    timings: dict[str, float]  # seconds, tokens per second, bytes; nothing for the starting point
+    samples: list[dict]  # rows for samples.jsonl: the responses to the first prompt
+    passes: list[dict]  # rows for passes.jsonl: ratios, KL, clipped shares of each pass over this rollout
 
 
 class Draws(NamedTuple):

@@ -4,6 +4,7 @@
 """
 
 import copy
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -66,9 +67,12 @@ class Policy:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that transformers, and `load_policy`, can load."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write a folder that transformers, and `load_policy`, can load; it appears once all of it is there."""
+        making = folder.with_name(f".{folder.name}.tmp")
+        self.model.save_pretrained(making)
+        self.tokenizer.save_pretrained(making)
+        shutil.rmtree(folder, ignore_errors=True)
+        making.rename(folder)
 
 
 def load_policy(

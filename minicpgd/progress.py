@@ -19,13 +19,13 @@ PLAIN_LINE_SECONDS = 10
 
 
 class Bars:
-    """One bar per name, each up to `total` steps; a context manager."""
+    """One bar per name, each up to `total` steps, or percent of something; a context manager."""
 
-    def __init__(self, names: Sequence[str], total: int):
+    def __init__(self, names: Sequence[str], total: int, unit: str = ""):
         self.progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(24),
-            MofNCompleteColumn(),
+            MofNCompleteColumn() if not unit else TextColumn("{task.completed:3.0f}" + unit),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -33,9 +33,9 @@ class Bars:
             console=console,
             disable=not console.is_terminal,
         )
-        self.names, self.total = list(names), total
+        self.names, self.total, self.unit = list(names), total, unit
         self.last_line: dict[int, float] = {}
-        self.first: dict[int, tuple[int, float]] = {}  # a bar's clock starts when it is first heard of
+        self.first: dict[int, tuple[float, float]] = {}  # a bar's clock starts when it is first heard of
         self.tasks: list[TaskID] = [self.progress.add_task(n, start=False, total=total, note="") for n in names]
 
     def __enter__(self) -> "Bars":
@@ -45,7 +45,7 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def update(self, which: int, done: int, note: str) -> None:
+    def update(self, which: int, done: float, note: str) -> None:
         """Show that `done` steps of bar number `which` are done, and a few words."""
         now = time.monotonic()
         if which not in self.first:
@@ -59,5 +59,6 @@ class Bars:
             first, started = self.first[which]
             left = (now - started) * (self.total - done) / (done - first) if done > first else 0
             console.print(
-                f"{self.names[which]} {done}/{self.total}{f', about {left:.0f} s left' if left else ''}: {note}"
+                f"{self.names[which]} {f'{done:.0f}{self.unit}' if self.unit else f'{done}/{self.total}'}"
+                f"{f', about {left:.0f} s left' if left else ''}: {note}"
             )

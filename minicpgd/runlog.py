@@ -4,6 +4,7 @@
     metrics.jsonl     a line per step: what the run did; the same bytes whenever it is repeated on one machine
     timings.jsonl     a line per step: what depends on the clock and the machine
     samples.jsonl     some sampled responses, with reward and advantage
+    passes.jsonl      of the same steps, a line per pass over the rollout: ratios, KL, clipped shares
     checkpoints/      the two newest (see checkpoint.py)
     model/            the trained model, once the run has ended; transformers loads it
 
@@ -14,18 +15,20 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from minicpgd.checkpoint import write_atomically
 from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import ConfigError, UserError
 
-LOGS = ("metrics", "timings", "samples")
+LOGS = ("metrics", "timings", "samples", "passes")
 
 
 class Run(NamedTuple):
@@ -141,6 +144,23 @@ class RunLog:
         if config != stored:
             write_atomically(folder / "config.json", config.save)
         return cls(folder, config)
+
+    @contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Keep every other process from writing this run; the lock goes when the process does, however it dies.
+
+        Raises:
+            UserError: another one is writing it.
+        """
+        lock = FileLock(self.folder / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def keep_until(self, step: int) -> None:
         """Forget the lines of steps after `step`: they are about to be made again."""

@@ -44,9 +44,16 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
     learner = Learner.from_config(config)
     with _writing(config.folder):
         log = RunLog.reopen(config) if resume else RunLog.create(config)
-        checkpoint = load_checkpoint(log.folder / "checkpoints", listener.warn)
-        done = checkpoint.step if checkpoint else -1
-        log.keep_until(done)
+        with log.only_writer():
+            return _go_on(learner, log, listener)
+
+
+def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
+    """From the newest whole checkpoint, if there is one, to the end."""
+    config = log.config
+    checkpoint = load_checkpoint(log.folder / "checkpoints", listener.warn)
+    done = checkpoint.step if checkpoint else -1
+    log.keep_until(done)
     saved = checkpoint.path if checkpoint else None
     if checkpoint:
         restore(checkpoint, learner.policy.model, learner.optimizer)
@@ -54,30 +61,24 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
 
     for step in range(done + 1, config.max_steps + 1):
         try:
-            metrics, timings, samples = learner.step(step) if step else (learner.starting_point(), {}, [])
+            made = learner.step(step) if step else learner.starting_point()
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"step {step}: {error}; the last good checkpoint is {saved or 'none yet'}. "
                 "Try a smaller learning_rate or fewer num_iterations, or algorithm=cpgd"
             ) from error
         stopping = listener.stop()
-        with _writing(config.folder):
-            log.append("metrics", [{"step": step, **metrics}])
-            log.append("timings", [{"step": step, **timings}] if timings else [])
-            log.append("samples", samples)
-            if step % config.save_steps == 0 or step == config.max_steps or stopping:
-                saved = save_checkpoint(
-                    log.folder / "checkpoints",
-                    step,
-                    learner.policy.model,
-                    learner.optimizer,
-                    {"drift_coef": learner.drift_coef},
-                )
-        listener.step(step, metrics, timings)
+        log.append("metrics", [{"step": step, **made.metrics}])
+        log.append("timings", [{"step": step, **made.timings}] if made.timings else [])
+        log.append("samples", made.samples)
+        log.append("passes", made.passes)
+        if step % config.save_steps == 0 or step == config.max_steps or stopping:
+            extra = {"drift_coef": learner.drift_coef}
+            saved = save_checkpoint(log.folder / "checkpoints", step, learner.policy.model, learner.optimizer, extra)
+        listener.step(step, made.metrics, made.timings)
         if stopping and step < config.max_steps:
             return log.folder
-    with _writing(config.folder):
-        learner.policy.save(log.folder / "model")
+    learner.policy.save(log.folder / "model")
     return log.folder
 
 

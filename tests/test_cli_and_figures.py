@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 import minicpgd.cli
-from minicpgd import plots, train
-from minicpgd.demo import demo_configs, outcome
+from minicpgd import load_run, plots, train
+from minicpgd.demo import demo_configs
+from minicpgd.outcome import outcome
 from minicpgd.policy import load_policy
 from minicpgd.pretrain import largest_difference, measure, pretrain
 from minicpgd.study import run_all
@@ -47,9 +48,9 @@ def test_the_demo_from_end_to_end(tmp_path):
         assert (tmp_path / "runs" / "demo" / figure).stat().st_size > 20_000
     result = outcome(tmp_path / "runs" / "demo" / "cpgd")
     row = next(line for line in out.splitlines() if line.strip().startswith("CPGD ") and "yes" in line or "no" in line)
-    assert f"{result.before:.2f}" in row
-    assert f"{result.final:.2f}" in row
-    assert result.best >= result.final > result.before
+    assert f"{result.accuracy_before:.2f}" in row
+    assert f"{result.accuracy_final:.2f}" in row
+    assert result.accuracy_best >= result.accuracy_final > result.accuracy_before
 
 
 def test_the_demos_runs_differ_in_the_algorithm_alone(tmp_path):
@@ -74,16 +75,16 @@ def test_sample_evaluate_and_plot(small, tmp_path, cli, monkeypatch):
     ]  # fmt: skip
     cli("plot", run, "--out", tmp_path / "figures")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"curves.png", "ratios.png"}
-    monkeypatch.setattr("minicpgd.cli.console", Console(force_terminal=True, color_system="standard"))
+    monkeypatch.setattr("minicpgd.commands.console", Console(force_terminal=True, color_system="standard"))
     assert "\x1b[32mright\x1b[0m" in cli("sample", "--num-problems", 40)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "evaluate", "sample", "plot", "pretrain"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "evaluate", "sample", "study", "plot", "pretrain"])
 def test_help_is_complete(command, cli):
     """Every flag has a sentence."""
     out = cli(*command.split(), "--help")
     assert out.startswith("usage: minicpgd")
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", out.partition("options")[2]).split())
     described = {}
     for chunk in re.split(r"(?<![a-z])--(?=[a-z])", text)[1:]:
         flag, _, words = chunk.partition(" ")
@@ -108,7 +109,7 @@ def test_the_figures_show_the_runs(small):
         assert axis.get_ylabel()
         assert len(axis.lines) == 2
         assert len({line.get_linestyle() for line in axis.lines} | {line.get_color() for line in axis.lines}) >= 3
-    metrics = plots.load_run(runs[1]).metrics
+    metrics = load_run(runs[1]).metrics
     drawn = curves.axes[3].lines[1].get_ydata()
     np.testing.assert_array_equal(drawn, metrics["clip_frac_pos"] + metrics["clip_frac_neg"])
     ratios = plots.ratio_ranges(runs)

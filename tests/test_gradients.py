@@ -37,6 +37,8 @@ BY_HAND = {
     "grpo_unclipped": lambda r, A: r * A,
     "grpo_dual_clip": lambda r, A: 0 if clipped_side(r, A) or (A < 0 and r > 3) else r * A,
     "grpo_drift": lambda r, A: (0 if clipped_side(r, A) else r * A) - drift(r),
+    "rloo_drift": lambda r, A: (0 if clipped_side(r, A) else r * A) - drift(r),
+    "reinforce_pp_drift": lambda r, A: (0 if clipped_side(r, A) else r * A) - drift(r),
     "cispo": lambda r, A: min(r, 1.2) * A,
 }
 
@@ -162,7 +164,7 @@ def test_aggregations_by_hand():
         torch.testing.assert_close(g, expected, atol=1e-8, rtol=1e-6)
     own = {
         "reinforce_pp": "token_mean", "reinforce_pp_baseline": "token_mean", "dapo": "token_mean",
-        "cispo": "token_mean", "dr_grpo": "constant",
+        "reinforce_pp_drift": "token_mean", "cispo": "token_mean", "dr_grpo": "constant",
     }  # fmt: skip
     for name, row in ALGORITHMS.items():
         assert row.aggregation == own.get(name, "sequence_mean")

@@ -7,10 +7,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from minicpgd import ALGORITHMS, plots
-from minicpgd.cli import save_figures
+from minicpgd import ALGORITHMS, load_run
 from minicpgd.demo import ALGORITHMS as SHOWN
-from minicpgd.demo import demo_configs, outcome
+from minicpgd.demo import demo_configs
+from minicpgd.figures import save_figures
+from minicpgd.outcome import outcome
+from minicpgd.summary import display_name
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,11 +33,11 @@ def test_the_committed_logs_are_the_demos():
     for seed in (0, 1, 2):
         for config in demo_configs(Path("runs/demo"), seed):
             folder = ROOT / "results" / "demo" / f"seed{seed}" / config.algorithm
-            logged = plots.load_run(folder).config
+            logged = load_run(folder).config
             assert {**vars(logged), "output_dir": ""} == {**vars(config), "output_dir": ""}
             result = outcome(folder)
-            row = f"| {plots.display_name(config.algorithm)} | {seed} | {result.before:.2f} | {result.best:.2f} | "
-            row += f"{result.final:.2f} | {'yes' if result.collapsed else 'no'} |"
+            row = f"| {display_name(config.algorithm)} | {seed} | {result.accuracy_before:.2f} | "
+            row += f"{result.accuracy_best:.2f} | {result.accuracy_final:.2f} | {'yes' if result.collapsed else 'no'} |"
             assert row in (ROOT / "results" / "README.md").read_text()
 
 

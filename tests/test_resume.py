@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import minicpgd.cli
+import minicpgd.commands
 from minicpgd import UserError, load_run, train
 from minicpgd.checkpoint import load_checkpoint
 from minicpgd.learner import Learner
@@ -34,7 +35,13 @@ def run_cli(*arguments, **more):
 
 
 def results(folder):
-    names = ("metrics.jsonl", "samples.jsonl", "model/model.safetensors", "checkpoints/step-000024.safetensors")
+    names = (
+        "metrics.jsonl",
+        "samples.jsonl",
+        "passes.jsonl",
+        "model/model.safetensors",
+        "checkpoints/step-000024.safetensors",
+    )
     return {name: (folder / name).read_bytes() for name in names}
 
 
@@ -155,13 +162,13 @@ def test_a_longer_run_is_the_same_run(small):
 def test_a_longer_run_that_is_stopped_says_so(small, monkeypatch, capsys):
     """Its model/ is there from the first time; that does not make it done."""
     folder = train(small(max_steps=2))
-    plain = minicpgd.cli.train_
+    plain = minicpgd.commands.train_
 
     def interrupted_at_once(*arguments, **more):
         signal.raise_signal(signal.SIGINT)
         return plain(*arguments, **more)
 
-    monkeypatch.setattr(minicpgd.cli, "train_", interrupted_at_once)
+    monkeypatch.setattr(minicpgd.commands, "train_", interrupted_at_once)
     monkeypatch.setattr(sys, "argv", ["minicpgd", "train", "--resume", str(folder), "--max-steps", "9"])
     with pytest.raises(SystemExit) as leaving:
         minicpgd.cli.main()

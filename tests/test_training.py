@@ -11,12 +11,13 @@ import minicpgd
 from minicpgd import ALGORITHMS, TrainConfig, UserError, evaluate, load_run, train
 from minicpgd.evaluation import pass_at_k
 from minicpgd.learner import Learner
-from minicpgd.runlog import load_timings
-from minicpgd.study import collapsed
+from minicpgd.runlog import load_timings, read_lines
+from minicpgd.stats import collapsed
 from minicpgd.trainer import Listener
 
 METRICS = (
-    "reward reward_std frac_reward_zero_std accuracy completion_length frac_truncated drift_coef entropy kl_old "
+    "reward reward_std frac_reward_zero_std accuracy completion_length frac_truncated advantage_min "
+    "advantage_max drift_coef entropy kl_old "
     "ratio_min ratio_p01 ratio_p99 ratio_max clip_frac_pos clip_frac_neg grad_norm loss learning_rate "
     "eval_accuracy step"
 ).split()
@@ -43,7 +44,7 @@ def test_cpgd_learns_to_work_it_out(tmp_path):
 def test_every_row_trains_and_repeats_itself_to_the_byte(small, name):
     changes = {"algorithm": name, "max_steps": 2, "num_iterations": 2, "eval_steps": 1, "logging_steps": 1}
     first, again = (train(small(folder, **changes)) for folder in ("first", "again"))
-    for file in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
+    for file in ("metrics.jsonl", "samples.jsonl", "passes.jsonl", "model/model.safetensors"):
         assert (first / file).read_bytes() == (again / file).read_bytes()
     other = train(small("other", seed=1, **changes))
     assert (first / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes()
@@ -76,6 +77,20 @@ def test_metrics_of_a_rollout(small):
                 np.mean([len(s["completion"]) for s in rows]) + ended
             )
         assert metrics["drift_coef"][step] == 2.5
+        assert metrics["advantage_min"][step] == pytest.approx(min(s["advantage"] for s in rows))
+        assert metrics["advantage_max"][step] == pytest.approx(max(s["advantage"] for s in rows))
+
+
+def test_passes_of_a_rollout(small):
+    """A line per pass, at step 1 and every `logging_steps`; the last pass is what the step's metrics say."""
+    run = train(small(num_iterations=3, max_steps=5, logging_steps=4))
+    rows, metrics = read_lines(run / "passes.jsonl"), load_run(run).metrics
+    assert [(row["step"], row["pass"]) for row in rows] == [(step, n) for step in (1, 4) for n in (1, 2, 3)]
+    for row in rows:
+        if row["pass"] == 3:
+            for name in row.keys() - {"step", "pass"}:
+                assert row[name] == metrics[name][row["step"]]
+    assert rows[0]["kl_old"] < rows[2]["kl_old"]
 
 
 def test_k_1_is_on_policy(small):
@@ -99,7 +114,7 @@ def test_micro_batches_make_the_same_update(small, name):
         )  # fmt: skip
         learner = Learner.from_config(config)
         learner.optimizer = torch.optim.SGD(learner.policy.model.parameters(), lr=0.1)
-        metrics, _, _ = learner.step(1)
+        metrics = learner.step(1).metrics
         assert 0 < metrics["frac_truncated"] < 1
         after.append(([p.detach().clone() for p in learner.policy.model.parameters()], metrics))
     for whole, parts in zip(after[0][0], after[1][0], strict=True):
@@ -126,7 +141,7 @@ def test_masked_truncated_responses_teach_nothing(small):
         learner = Learner.from_config(config)
         before = [p.detach().clone() for p in learner.policy.model.parameters()]
         learner.reward = lambda prompts, completions, **_: [float(c[0] == "#") for c in completions]
-        metrics, _, _ = learner.step(1)
+        metrics = learner.step(1).metrics
         unchanged = all(torch.equal(a, b) for a, b in zip(before, learner.policy.model.parameters(), strict=True))
         assert metrics["frac_truncated"] > 0.7
         if metrics["frac_truncated"] == 1:
@@ -149,7 +164,7 @@ def test_auto_keeps_its_value_when_nothing_is_learned(small):
     learner = Learner.from_config(small(num_minibatches=1))
     learner.drift_coef = 0.123
     learner.reward = lambda prompts, completions, **_: [0.5] * len(completions)
-    metrics, _, _ = learner.step(1)
+    metrics = learner.step(1).metrics
     assert metrics["drift_coef"] == 0.123
     assert metrics["frac_reward_zero_std"] == 1
     assert metrics["grad_norm"] < 1e-4
@@ -225,7 +240,7 @@ def test_collapse():
 def test_the_public_face():
     for name in minicpgd.__all__:
         assert getattr(minicpgd, name)
-    assert len(ALGORITHMS) == 15
+    assert len(ALGORITHMS) == 17
     assert {f.name for f in dataclasses.fields(TrainConfig)} >= set(
         "num_generations max_completion_length temperature top_p top_k beta epsilon epsilon_high num_iterations "
         "learning_rate max_grad_norm gradient_checkpointing seed mask_truncated_completions disable_dropout output_dir "

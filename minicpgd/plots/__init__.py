@@ -1,0 +1,21 @@
+"""Every figure: `plots.runs` from run folders, `plots.maps` and `plots.studies` from studies, in one `plots.style`.
+
+Each function returns a matplotlib `Figure`; nothing here writes a file.
+"""
+
+from minicpgd.plots.maps import map_curves, map_frontiers, map_heat
+from minicpgd.plots.runs import ratio_ranges, training_curves
+from minicpgd.plots.studies import anatomy_passes, anatomy_rows, drift_coefs, fair_search, warning_signals
+
+__all__ = [
+    "anatomy_passes",
+    "anatomy_rows",
+    "drift_coefs",
+    "fair_search",
+    "map_curves",
+    "map_frontiers",
+    "map_heat",
+    "ratio_ranges",
+    "training_curves",
+    "warning_signals",
+]

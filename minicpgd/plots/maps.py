@@ -1,0 +1,107 @@
+"""Figures of the map: learning rate x updates per rollout.
+
+In: a study's folder, with the tables that `study.py` describes. Out: a matplotlib `Figure`. Bands and bars are 95 %
+intervals, those of `stats.py`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, band, styled
+from minicpgd.stats import mean
+from minicpgd.summary import display_name, healthy_share, percent
+
+
+@styled
+def map_heat(folder: Path) -> Figure:
+    """Four maps of learning rate x K: final accuracy as colour and number, and how many seeds collapsed."""
+    table = pd.read_csv(folder / "study.csv")
+    algorithms = list(table["algorithm"].unique())
+    figure = Figure(figsize=(10, 3.3), layout="constrained")
+    axes = figure.subplots(1, len(algorithms), sharey=True)
+    for axis, algorithm in zip(axes, algorithms, strict=True):
+        rows = table[table["algorithm"] == algorithm]
+        cells = rows.groupby(["updates_per_rollout", "learning_rate"])
+        accuracy = cells["accuracy_final"].mean().unstack()
+        fell = cells["collapsed"].sum().unstack()
+        image = axis.imshow(accuracy, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
+        for (y, x), value in np.ndenumerate(accuracy.to_numpy()):
+            ink = "white" if value < 0.5 else "black"
+            axis.text(x, y + 0.12, f"{value:.2f}", ha="center", va="center", color=ink, weight="bold", size=10.5)
+            if n := int(fell.to_numpy()[y, x]):
+                axis.text(x, y - 0.26, f"{n} fell", ha="center", va="center", color=ink, size=8.5)
+        healthy = healthy_share(rows)
+        axis.set_title(f"{display_name(algorithm)}\nhealthy {percent(healthy)}", size=10.5)
+        axis.set_xticks(range(accuracy.shape[1]), [f"{rate:.0e}".replace("e-0", "e-") for rate in accuracy.columns])
+        axis.set_yticks(range(accuracy.shape[0]), accuracy.index)
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+    axes[0].set_ylabel("K, updates per rollout")
+    figure.supxlabel("learning rate", size=10.5)
+    figure.colorbar(image, ax=axes, label=ACCURACY, pad=0.01, aspect=14)
+    return figure
+
+
+@styled
+def map_frontiers(folder: Path) -> Figure:
+    """Final accuracy over the learning rate, for each K; and the share of the map that reaches an accuracy."""
+    table = pd.read_csv(folder / "study.csv")
+    ks = sorted(table["updates_per_rollout"].unique())
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axes = list(figure.subplots(2, 2).flat)
+    for i, (algorithm, rows) in enumerate(table.groupby("algorithm", sort=False)):
+        for axis, k in zip(axes, ks, strict=False):
+            cells = rows[rows["updates_per_rollout"] == k].groupby("learning_rate")["accuracy_final"]
+            band(axis, i, {rate: mean(values) for rate, values in cells}, display_name(str(algorithm)))
+        wanted = np.linspace(0, 1, 101)
+        reached = [mean((rows["accuracy_final"] >= x).groupby(rows["seed"]).mean()) for x in wanted]
+        band(axes[-1], i, dict(zip(wanted, reached, strict=True)), display_name(str(algorithm)), marker="")
+    for axis, k in zip(axes, ks, strict=False):
+        axis.set(xscale="log", ylim=(0, 1.03), title=f"K = {k} updates per rollout", xlabel="learning rate")
+        axis.set_ylabel(ACCURACY)
+    axes[-1].set(xlim=(0, 1), ylim=(0, 1.03), title="The whole map", xlabel=f"at least this {ACCURACY}")
+    axes[-1].set_ylabel("share of the map")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=3.2)
+    return figure
+
+
+@styled
+def map_curves(folder: Path, *, learning_rate: float = 1e-4, k: int = 64) -> Figure:
+    """Reward, length, KL and clipped share over the steps of one cell of the map: seeds thin, their mean thick."""
+    table = pd.read_csv(folder / "study.csv")
+    table = table[(table["learning_rate"] == learning_rate) & (table["updates_per_rollout"] == k)]
+    steps = pd.read_csv(folder / "steps.csv.gz").merge(table[["run", "algorithm"]], on="run")
+    algorithms = list(table["algorithm"].unique())
+    panels: Sequence[tuple[str, Sequence[tuple[str, str, Any]]]] = (
+        ("mean reward", [("reward", "", "-")]),
+        ("length [tokens]", [("completion_length", "", "-")]),
+        ("KL [nats / token]", [("kl_old", "", "-")]),
+        ("share clipped", [("clip_frac_pos", "A > 0", "-"), ("clip_frac_neg", "A < 0", DASHES[1])]),
+    )
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    axes = figure.subplots(len(panels), len(algorithms), sharex=True, sharey="row")
+    for i, (column, algorithm) in enumerate(zip(axes.T, algorithms, strict=True)):
+        rows = steps[steps["algorithm"] == algorithm]
+        colour = COLOURS[i]
+        for axis, (unit, lines) in zip(column, panels, strict=True):
+            for metric, label, dashes in lines:
+                by_seed = rows.pivot_table(index="step", columns="run", values=metric)
+                axis.plot(by_seed, color=colour, linewidth=0.7, alpha=0.45, linestyle=dashes)
+                axis.plot(by_seed.mean(axis=1), color=colour, linestyle=dashes, label=label)
+            if metric == "kl_old":
+                axis.set_yscale("log")
+            if len(lines) > 1 and i == 0:
+                axis.legend(handlelength=3)
+            if i == 0:
+                axis.set_ylabel(unit)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        column[0].set_title(display_name(algorithm))
+    figure.supxlabel("step (one rollout and its K updates)", size=10.5)
+    return figure

@@ -1,0 +1,80 @@
+"""Figures of single runs, from their folders.
+
+In: run folders. Out: a matplotlib `Figure`; nothing here writes a file.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from minicpgd.algorithms import ALGORITHMS
+from minicpgd.plots.style import COLOURS, DASHES, styled
+from minicpgd.runlog import Run, load_run
+from minicpgd.summary import display_name
+
+
+@styled
+def training_curves(runs: Sequence[str | Path]) -> Figure:
+    r"""Reward, response length, KL to $\pi_{old}$ and clipped share over the steps of several runs, one line each."""
+    loaded = [load_run(run) for run in runs]
+    panels = (
+        ("reward", "Reward", "mean reward of a response"),
+        ("completion_length", "Response length", "tokens"),
+        ("kl_old", "Distance from the sampling policy", r"KL to $\pi_{old}$  [nats per token]"),
+        ("clip_frac", "Clipped tokens", "share of all tokens"),
+    )
+    figure = Figure(figsize=(10, 6.2), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    for axis, (metric, title, unit) in zip(axes.flat, panels, strict=True):
+        for (config, metrics, _), colour, dashes in zip(loaded, COLOURS, DASHES, strict=False):
+            values = metrics["clip_frac_pos"] + metrics["clip_frac_neg"] if metric == "clip_frac" else metrics[metric]
+            label = display_name(config.algorithm) + _suffix(config.seed, loaded)
+            axis.plot(metrics["step"], values, color=colour, linestyle=dashes, label=label)
+        axis.set(title=title, ylabel=unit)
+        if metric == "kl_old":  # they differ by orders of magnitude; the exact zeros of K = 1 are not drawn
+            axis.set_yscale("log", nonpositive="mask")
+        else:
+            axis.set_ylim(bottom=min(0, axis.dataLim.y0))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes[1]:
+        axis.set_xlabel("step (one rollout and its K updates)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(loaded), handlelength=3.2)
+    return figure
+
+
+@styled
+def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
+    r"""How far the ratios $\pi_\theta / \pi_{old}$ spread, step by step: a panel per run, quantiles as ribbons."""
+    loaded = [load_run(run) for run in runs]
+    figure = Figure(figsize=(max(5.0, 2.6 * len(loaded)), 3.6), layout=ConstrainedLayoutEngine(wspace=0.04))
+    axes = figure.subplots(1, len(loaded), sharey=True, sharex=True, squeeze=False)[0]
+    for axis, (config, metrics, _), colour in zip(axes, loaded, COLOURS, strict=False):
+        step, floor = metrics["step"], 1e-6
+        low, p01, p99, high = (np.maximum(metrics[f"ratio_{name}"], floor) for name in ("min", "p01", "p99", "max"))
+        axis.fill_between(step, low, high, color=colour, alpha=0.22, linewidth=0)
+        axis.fill_between(step, p01, p99, color=colour, alpha=0.75, linewidth=0)
+        row = ALGORITHMS[config.algorithm]
+        bounds = row.clip_bounds(config.epsilon, config.epsilon_high)
+        for bound in bounds if "clip" in row.surrogate.__name__ else ():
+            axis.axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
+        axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step")
+        axis.set_yscale("log")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes[0].set_ylabel(r"ratio $\pi_\theta / \pi_{old}$")
+    shades: list[Artist] = [Patch(color="#555555", alpha=0.75, label="1 % to 99 % of the tokens")]
+    shades += [Patch(color="#555555", alpha=0.22, label="smallest to largest")]
+    shades += [Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="clip bounds")]
+    figure.legend(handles=shades, loc="outside upper center", ncols=3)
+    return figure
+
+
+def _suffix(seed: int, runs: Sequence[Run]) -> str:
+    return f", seed {seed}" if len({run.config.seed for run in runs}) > 1 else ""

@@ -1,0 +1,188 @@
+"""Figures of studies, from their tables.
+
+In: a study's folder, with the tables that `study.py` describes. Out: a matplotlib `Figure`. Bands and bars are 95 %
+intervals, those of `stats.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, look, styled
+from minicpgd.stats import Estimate, mean, share
+from minicpgd.summary import advantage_size, arm_name, display_name
+
+
+@styled
+def drift_coefs(folder: Path) -> Figure:
+    r"""What $\alpha$ does, where the advantages are of different size; `auto` as a large open marker."""
+    table = pd.read_csv(folder / "study.csv")
+    panels = (
+        ("accuracy_final", "Where it ends", ACCURACY),
+        ("accuracy_final", "The same, in units of the advantages", ACCURACY),
+        ("kl_last", "How far it moves", KL),
+        ("steps_to_90", "How fast it learns", "steps to an accuracy of 0.9"),
+    )
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = list(figure.subplots(2, 2).flat)
+    shapes = table.groupby(["num_generations", "advantage_weight", "learning_rate"], sort=False)
+    for i, ((generations, weight, rate), rows) in enumerate(shapes):
+        auto, grid = rows[rows["drift_coef"] == "auto"], rows[rows["drift_coef"] != "auto"]
+        grid = grid.assign(alpha=grid["drift_coef"].astype(float))
+        label = f"G = {generations}, {weight}, lr {rate:g}"
+        for axis, (metric, title, unit) in zip(axes, panels, strict=True):
+            scale = advantage_size(rows) if "units" in title else 1.0
+            shown = grid.assign(**{metric: grid[metric].fillna(22)}) if metric == "steps_to_90" else grid
+            by = {alpha / scale: mean(values) for alpha, values in shown.groupby("alpha")[metric]}
+            band(axis, i, by, label)
+            value = auto[metric].fillna(22).mean() if metric == "steps_to_90" else auto[metric].mean()
+            mark = {"marker": look(i).marker, "markersize": 12, "markerfacecolor": "white", "markeredgewidth": 2}
+            axis.plot(auto["drift_coef_mean"].mean() / scale, value, color=COLOURS[i], **mark)  # type: ignore[arg-type]
+            axis.set(title=title, ylabel=unit)
+            axis.set_xscale("symlog", linthresh=0.3, linscale=0.5)
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xticks([0, 0.3, 1, 3, 10, 30], ["0", "0.3", "1", "3", "10", "30"])
+            axis.set_xlabel(r"$\alpha$ / largest $|A|$ of a rollout" if "units" in title else r"$\alpha$, `drift_coef`")
+    axes[0].set_ylim(0, 1.03)
+    axes[1].set_ylim(0, 1.03)
+    axes[2].set_yscale("log")
+    axes[3].set_yticks([0, 5, 10, 15, 20, 22], ["0", "5", "10", "15", "20", "never"])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, handlelength=3.2)
+    return figure
+
+
+@styled
+def anatomy_rows(folder: Path) -> Figure:
+    """Each variant's final accuracy, last rewards and collapse rate: seeds as dots, mean and interval beside them."""
+    table = pd.read_csv(folder / "study.csv")
+    table["arm"] = [arm_name(a, b) for a, b in zip(table["algorithm"], table["beta"], strict=True)]
+    order = table.groupby("arm")["accuracy_final"].mean().sort_values().index
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
+    for y, arm in enumerate(order):
+        rows = table[table["arm"] == arm]
+        has_drift = arm in ("CPGD", "CPGD without clip") or "+ drift" in arm
+        colour = COLOURS[0] if has_drift else COLOURS[1]
+        for axis, metric in zip(axes, ("accuracy_final", "reward_last"), strict=False):
+            axis.plot(rows[metric], [y] * len(rows), "o", color=colour, alpha=0.35, markersize=4.5, markeredgewidth=0)
+            interval(axis, y, mean(rows[metric]), colour, "D" if has_drift else "s")
+        interval(axes[2], y, share(rows["collapsed"].sum(), len(rows)), colour, "D" if has_drift else "s")
+    axes[0].set_yticks(range(len(order)), order)
+    axes[0].set(xlabel=ACCURACY, xlim=(0, 1.02), title="Held-out problems")
+    axes[1].set(xlabel="mean reward, last 10 steps", xlim=(0, 1.02), title="Training")
+    axes[2].set(xlabel="share of seeds", xlim=(-0.03, 1.03), title="Collapsed")
+    for label, colour, marker in (("with drift", COLOURS[0], "D"), ("without", COLOURS[1], "s")):
+        axes[2].plot([], [], marker, color=colour, label=label)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+@styled
+def anatomy_passes(folder: Path, *, step: int = 1) -> Figure:
+    """Inside one rollout: ratios, KL and clipped tokens over its passes; at step 1 all start from the same policy."""
+    table = pd.read_csv(folder / "study.csv")
+    passes = pd.read_csv(folder / "passes.csv.gz").query(f"step == {step}")
+    passes = passes.merge(table[["run", "algorithm", "beta"]], on="run").query("beta == 0")
+    algorithms = ("grpo", "cpg", "grpo_drift", "cpgd")
+    figure = Figure(figsize=(10, 6.6), layout="constrained")
+    axes = figure.subplots(3, len(algorithms), sharex=True, sharey="row", height_ratios=(3, 2, 2))
+    for i, (column, algorithm) in enumerate(zip(axes.T, algorithms, strict=True)):
+        rows, colour = passes[passes["algorithm"] == algorithm], COLOURS[i]
+        by_pass = rows.groupby("pass")
+        low, p01, p99, high = (by_pass[f"ratio_{q}"].median() for q in ("min", "p01", "p99", "max"))
+        column[0].fill_between(low.index, low, high, color=colour, alpha=0.22, linewidth=0, label="smallest to largest")
+        column[0].fill_between(p01.index, p01, p99, color=colour, alpha=0.75, linewidth=0, label="1 % to 99 %")
+        for bound in (0.8, 1.2):
+            column[0].axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
+        column[0].set(yscale="log", title=display_name(algorithm))
+        by_run = rows.pivot_table(index="pass", columns="run", values="kl_old")
+        column[1].plot(by_run, color=colour, linewidth=0.7, alpha=0.45)
+        column[1].plot(by_run.mean(axis=1), color=colour)
+        column[1].set_yscale("log")
+        for sign, dashes, label in (("pos", "-", "A > 0"), ("neg", DASHES[1], "A < 0")):
+            column[2].plot(by_pass[f"clip_frac_{sign}"].mean(), color=colour, linestyle=dashes, label=label)
+        column[2].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    for axis, unit in zip(
+        axes[:, 0], (r"ratio $\pi_\theta / \pi_{old}$", KL.replace("  ", "\n"), "share clipped"), strict=True
+    ):
+        axis.set_ylabel(unit)
+    axes[0, 0].legend(loc="upper left", fontsize=9)
+    axes[2, 0].legend(handlelength=3, fontsize=9)
+    figure.supxlabel("pass over the same rollout (4 updates each)", size=10.5)
+    return figure
+
+
+@styled
+def fair_search(folder: Path) -> Figure:
+    """The search, one dot per run, the chosen setting ringed; and the report, with fresh seeds."""
+    table = pd.read_csv(folder / "study.csv")
+    search, report = table[table["part"] == "search"], table[table["part"] == "report"]
+    algorithms = list(search["algorithm"].unique())
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(5, 4)))
+    top = above.subplots(1, len(algorithms), sharey=True)
+    for i, (axis, algorithm) in enumerate(zip(top, algorithms, strict=True)):
+        runs = search[search["algorithm"] == algorithm]
+        for has_beta, fill in ((False, COLOURS[i]), (True, "white")):
+            some = runs[(runs["beta"] > 0) == has_beta]
+            label = "with β" if has_beta else "β = 0"
+            marks: dict[str, Any] = {"markerfacecolor": fill, "markersize": 7, "label": label}
+            axis.plot(some["learning_rate"], some["reward_last"], look(i).marker, color=COLOURS[i], **marks)
+        best = report[report["algorithm"] == algorithm].iloc[0]
+        at = runs[
+            (runs[["learning_rate", "epsilon", "beta"]] == best[["learning_rate", "epsilon", "beta"]]).all(axis=1)
+        ]
+        ring: dict[str, Any] = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 1.4, "label": "chosen"}
+        axis.plot(at["learning_rate"].iloc[0], at["reward_last"].mean(), "o", color="black", **ring)
+        axis.set(xscale="log", ylim=(0, 1), title=display_name(algorithm), xlabel="learning rate")
+    top[0].set_ylabel("search: mean reward,\nlast 10 steps")
+    top[0].legend(fontsize=9)
+    for axis, (metric, unit) in zip(
+        below.subplots(1, 2, sharey=True),
+        (("accuracy_final", ACCURACY), ("reward_last", "mean reward, last 10 steps")),
+        strict=True,
+    ):
+        for i, algorithm in enumerate(algorithms):
+            values = report.loc[report["algorithm"] == algorithm, metric]
+            axis.plot(values, [-i] * len(values), look(i).marker, color=COLOURS[i], alpha=0.35, markersize=5)
+            interval(axis, -i, mean(values), COLOURS[i], look(i).marker)
+        axis.set(xlabel=f"fresh seeds: {unit}", yticks=[-i for i in range(len(algorithms))], xlim=(0, 1.02))
+        axis.set_yticklabels([display_name(a) for a in algorithms])
+        axis.margins(y=0.2)
+    return figure
+
+
+@styled
+def warning_signals(folder: Path) -> Figure:
+    """For each metric: the share of collapses it announces, and the share of other runs in which it cries wolf."""
+    table = pd.read_csv(folder / "study.csv")
+    table = table.iloc[(table["announced_share"] - table["false_share"]).argsort()].reset_index(drop=True)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axis = figure.subplots()
+    kinds = (
+        ("announced", "collapses announced", COLOURS[0], "o", 0.13),
+        ("false", "false alarms", COLOURS[1], "X", -0.13),
+    )
+    for y, row in table.iterrows():
+        for kind, _, colour, marker, shift in kinds:
+            interval(
+                axis,
+                float(y) + shift,
+                Estimate(*(row[f"{kind}_{part}"] for part in ("share", "low", "high"))),
+                colour,
+                marker,
+            )  # type: ignore[arg-type]
+        axis.text(1.03, float(y), f"{row['lead_median']:.0f}", va="center")  # type: ignore[arg-type]
+    axis.text(1.03, len(table) - 0.35, "steps before\nthe fall\n(median)", va="bottom", size=9)
+    for _, label, colour, marker, _ in kinds:
+        axis.plot([], [], marker, color=colour, label=label, markersize=8)
+    names = [f"{row['signal']} {row['fires']} {row['threshold']:.3g}" for _, row in table.iterrows()]
+    axis.set_yticks(range(len(table)), names)
+    axis.set(xlim=(-0.02, 1.02), xlabel="share of the runs that the rule was not fitted on")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    figure.legend(loc="outside upper left", ncols=2)
+    return figure

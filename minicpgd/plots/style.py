@@ -1,0 +1,76 @@
+"""One style for every figure.
+
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; each algorithm has its own dashes and
+marker too, for whoever prints in grey.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from minicpgd.stats import Estimate
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 150,
+    "savefig.facecolor": "white",
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", (0, (5, 1.2)), (0, (1.6, 1)), (0, (6, 1.2, 1.4, 1.2)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+ACCURACY = "final accuracy (greedy)"
+KL = r"KL to $\pi_{old}$  [nats per token]"
+P = ParamSpec("P")
+
+
+class Look(NamedTuple):
+    """How a line is told from its neighbours, as keywords of `axis.plot`: `axis.plot(x, y, **look(0)._asdict())`."""
+
+    color: str
+    linestyle: Any
+    marker: str
+
+
+def look(which: int) -> Look:
+    """The look of the line number `which`, from 0."""
+    return Look(COLOURS[which], DASHES[which], MARKERS[which])
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Let a function draw in this style."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def band(axis: Axes, which: int, points: dict[float, Estimate], label: str, marker: str | None = None) -> None:
+    """A line through the estimates at some x, and a band for their intervals."""
+    x, (value, low, high) = list(points), zip(*points.values(), strict=True)
+    shape = look(which)._asdict() | ({} if marker is None else {"marker": marker})
+    axis.plot(x, value, label=label, markersize=5, **shape)
+    axis.fill_between(x, low, high, color=COLOURS[which], alpha=0.16, linewidth=0)
+
+
+def interval(axis: Axes, y: float, estimate: Estimate, colour: str, marker: str) -> None:
+    """One estimate: a marker, and a bar for its interval."""
+    axis.plot([estimate.low, estimate.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+    axis.plot(estimate.value, y, marker, color=colour, markersize=7, markeredgecolor="white")

@@ -1,0 +1,180 @@
+"""What a study found, as a table of words: printed after `minicpgd study`, and published in docs/results.md.
+
+In: a study's folder. Out: a table of strings, its first column the rows' names. Intervals are those of `stats.py`, in
+brackets.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from minicpgd.stats import Estimate, mean, share
+
+NAMES = {
+    "cpgd": "CPGD",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
+    "reinforce_pp": "REINFORCE++",
+    "cpg": "CPGD without drift",
+    "pgd": "CPGD without clip",
+    "pg": "CPGD without both",
+    "grpo_drift": "GRPO + drift",
+    "rloo_drift": "RLOO + drift",
+    "reinforce_pp_drift": "REINFORCE++ + drift",
+    "grpo_dual_clip": "GRPO, dual clip",
+    "grpo_unclipped": "GRPO without clip",
+}
+
+
+def display_name(algorithm: str) -> str:
+    """The name that papers print, where there is one."""
+    return NAMES.get(algorithm, algorithm)
+
+
+def number(estimate: Estimate) -> str:
+    """As in 0.58 [0.50, 0.67]; without an interval where there is none."""
+    if estimate.low != estimate.low:
+        return f"{estimate.value:.2f}"
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def percent(estimate: Estimate) -> str:
+    """As in 58 % [50, 67]."""
+    if estimate.low != estimate.low:
+        return f"{estimate.value:.0%}".replace("%", " %")
+    return f"{100 * estimate.value:.0f} % [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
+
+
+def healthy_share(rows: pd.DataFrame) -> Estimate:
+    """The share of an algorithm's map on which it stays healthy, with its interval over seeds."""
+    return mean(rows.groupby("seed")["healthy"].mean())
+
+
+def advantage_size(rows: pd.DataFrame) -> float:
+    """The largest |A| of a rollout, averaged over steps and runs: what `auto` follows."""
+    return float(rows[["advantage_max_mean"]].assign(low=-rows["advantage_min_mean"]).max(axis=1).mean())
+
+
+def arm_name(algorithm: str, beta: float) -> str:
+    """As in GRPO, β = 0.04."""
+    return display_name(algorithm) + (f", β = {beta:g}" if beta else "")
+
+
+def map_summary(folder: Path) -> pd.DataFrame:
+    """How much of the map each algorithm keeps, by how much CPGD keeps more, and who fell at the largest K."""
+    table = pd.read_csv(folder / "study.csv")
+    largest = table["updates_per_rollout"].max()
+    by_seed = table.groupby(["algorithm", "seed"])["healthy"].mean().unstack("algorithm")
+    rows = []
+    for algorithm, runs in table.groupby("algorithm", sort=False):
+        lead = mean(by_seed["cpgd"] - by_seed[algorithm])
+        hardest = runs[runs["updates_per_rollout"] == largest]
+        fell = {
+            f"fell at K = {largest}, lr {rate:.0e}".replace("e-0", "e-"): f"{cell['collapsed'].sum()} of {len(cell)}"
+            for rate, cell in hardest.groupby("learning_rate")
+        }
+        rows.append(
+            {
+                "algorithm": display_name(str(algorithm)),
+                "healthy share of the map": percent(healthy_share(runs)),
+                "CPGD's is larger by": "" if algorithm == "cpgd" else percent(lead),
+                "not collapsed": percent(mean(1 - runs.groupby("seed")["collapsed"].mean())),
+                f"collapsed at K = {largest}": percent(share(hardest["collapsed"].sum(), len(hardest))),
+            }
+            | fell
+        )
+    return pd.DataFrame(rows)
+
+
+def drift_summary(folder: Path) -> pd.DataFrame:
+    r"""The best $\alpha$ of the grid beside `auto`, for each size of advantages."""
+    table = pd.read_csv(folder / "study.csv")
+    rows = []
+    for (generations, weight, rate), runs in table.groupby(
+        ["num_generations", "advantage_weight", "learning_rate"], sort=False
+    ):
+        auto, grid = runs[runs["drift_coef"] == "auto"], runs[runs["drift_coef"] != "auto"]
+        by_coef = {coef: mean(cell["accuracy_final"]) for coef, cell in grid.groupby(grid["drift_coef"].astype(float))}
+        best = max(by_coef, key=lambda coef: by_coef[coef].value)
+        rows.append(
+            {
+                "advantages": f"G = {generations}, {weight}, lr {rate:.0e}".replace("e-0", "e-"),
+                "largest of A": f"{runs['advantage_max_mean'].mean():.2f}",
+                "largest of −A": f"{-runs['advantage_min_mean'].mean():.2f}",
+                "accuracy at α = 0": number(by_coef[0.0]),
+                "best α of the grid": f"{best:g}",
+                "accuracy there": number(by_coef[best]),
+                "α of auto, mean": f"{auto['drift_coef_mean'].mean():.2f}",
+                "accuracy of auto": number(mean(auto["accuracy_final"])),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def anatomy_summary(folder: Path) -> pd.DataFrame:
+    """Each variant's end, best first."""
+    table = pd.read_csv(folder / "study.csv")
+    arms = [
+        {
+            "variant": arm_name(str(algorithm), float(beta)),
+            "final accuracy": number(mean(runs["accuracy_final"])),
+            "best accuracy": number(mean(runs["accuracy_best"])),
+            "reward, last 10 steps": number(mean(runs["reward_last"])),
+            "collapsed": f"{runs['collapsed'].sum()} of {len(runs)}",
+            "share": percent(share(runs["collapsed"].sum(), len(runs))),
+        }
+        for (algorithm, beta), runs in table.groupby(["algorithm", "beta"], sort=False)
+    ]
+    return pd.DataFrame(sorted(arms, key=lambda arm: arm["final accuracy"], reverse=True))
+
+
+def fair_summary(folder: Path) -> pd.DataFrame:
+    """Each algorithm at its own best settings, on fresh seeds, and its difference to CPGD, seed by seed."""
+    table = pd.read_csv(folder / "study.csv").query("part == 'report'")
+    cpgd = table[table["algorithm"] == "cpgd"].set_index("seed")
+    rows = []
+    for algorithm, runs in table.groupby("algorithm", sort=False):
+        paired, chosen = runs.set_index("seed"), runs.iloc[0]
+        rows.append(
+            {
+                "algorithm": display_name(str(algorithm)),
+                "learning rate": f"{chosen['learning_rate']:g}",
+                "ε": f"{chosen['epsilon']:g}",
+                "β": f"{chosen['beta']:g}",
+                "final accuracy": number(mean(runs["accuracy_final"])),
+                "minus CPGD's": ""
+                if algorithm == "cpgd"
+                else number(mean(paired["accuracy_final"] - cpgd["accuracy_final"])),
+                "reward, last 10 steps": number(mean(runs["reward_last"])),
+                "reward minus CPGD's": ""
+                if algorithm == "cpgd"
+                else number(mean(paired["reward_last"] - cpgd["reward_last"])),
+                "collapsed": f"{runs['collapsed'].sum()} of {len(runs)}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def warning_summary(folder: Path) -> pd.DataFrame:
+    """Each metric's rule and what it is worth on runs that it was not fitted on, best first."""
+    table = pd.read_csv(folder / "study.csv")
+    table = table.iloc[(table["false_share"] - table["announced_share"]).argsort(kind="stable")]
+    return pd.DataFrame(
+        {
+            "rule": f"{row.signal} {row.fires} {row.threshold:.3g}",
+            "collapses announced": percent(Estimate(row.announced_share, row.announced_low, row.announced_high)),
+            "false alarms": percent(Estimate(row.false_share, row.false_low, row.false_high)),
+            "steps before the fall, median": f"{row.lead_median:g}",
+        }
+        for row in table.itertuples()
+    )
+
+
+SUMMARIES: dict[str, Callable[[Path], pd.DataFrame]] = {
+    "map": map_summary,
+    "drift": drift_summary,
+    "anatomy": anatomy_summary,
+    "fair": fair_summary,
+    "warning": warning_summary,
+}

@@ -1,0 +1,157 @@
+r"""Early warning: which metric announces a collapse, how many steps before the reward falls, how often in vain?
+
+In: the tables of the other studies, whose runs are all looked through, each once. Out: `study.csv`, a row per metric.
+All of this was written down before it was tried on any run:
+
+- What is to be announced: the *fall* of a run that collapses (`stats.py` says which do). It begins at the first step
+  whose reward, and its mean with the next two, are below 80 % of the best mean of three so far, or of the start's.
+- A rule: the metric is above (or below) a threshold. It *announces* a collapse if it fires at a step before the fall:
+  what the updates of step t did to a metric shows before the reward of step t + 1 does. It is a *false alarm* if it
+  fires anywhere in a run that did not collapse.
+- Side and threshold are fitted on the runs with even seeds (largest share announced minus share of false alarms), and
+  judged on those with odd seeds.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from minicpgd.errors import UserError
+from minicpgd.stats import share
+from minicpgd.study import versions, write_table
+
+SOURCES = ("map", "drift", "anatomy", "fair")
+SIGNALS = (
+    *("kl_old", "ratio_p99", "ratio_p01", "ratio_max", "ratio_min"),
+    *("clip_frac", "clip_frac_pos", "clip_frac_neg", "grad_norm", "entropy", "completion_length"),
+)
+FALL = 0.8
+
+
+class Rule(NamedTuple):
+    """Fires where `side * metric > side * threshold`; `side` is 1 for above, -1 for below."""
+
+    signal: str
+    side: int
+    threshold: float
+
+
+class Trace(NamedTuple):
+    """A run as a rule sees it: metrics by step (S,), whether it collapsed, and the step of its fall, NaN if none."""
+
+    steps: pd.DataFrame
+    collapsed: bool
+    fall: float
+
+
+def fall_step(reward: np.ndarray) -> float:
+    """The step at which the fall begins, as defined above; NaN if it never does.
+
+    Args:
+        reward: (S + 1,), the start's first, then that of each step.
+    """
+    best = reward[0]
+    for t in range(1, len(reward)):
+        if t >= 4:
+            best = max(best, reward[t - 3 : t].mean())
+        if reward[t] < FALL * best and reward[t : t + 3].mean() < FALL * best:
+            return float(t)
+    return np.nan
+
+
+def first_alarm(rule: Rule, steps: pd.DataFrame) -> float:
+    """The step at which a rule first fires; NaN if it never does."""
+    fires = rule.side * steps[rule.signal].to_numpy() > rule.side * rule.threshold
+    return float(steps["step"].to_numpy()[fires.argmax()]) if fires.any() else np.nan
+
+
+def judge(rule: Rule, traces: list[Trace]) -> dict[str, Any]:
+    """Counts over some runs: announced of collapsed, false alarms of the rest; and the leads, in steps."""
+    alarms = [(trace, first_alarm(rule, trace.steps)) for trace in traces]
+    leads = [trace.fall - at for trace, at in alarms if trace.collapsed and trace.fall - at >= 1]
+    fallen = sum(trace.collapsed for trace in traces)
+    return {
+        "announced": len(leads),
+        "collapsed": fallen,
+        "false_alarms": sum(not trace.collapsed and not np.isnan(at) for trace, at in alarms),
+        "not_collapsed": len(traces) - fallen,
+        "lead_median": float(np.median(leads)) if leads else np.nan,
+    }
+
+
+def fit(signal: str, traces: list[Trace]) -> Rule:
+    """The side and threshold with the largest share announced minus share of false alarms; ties go to the first."""
+    values = np.concatenate([trace.steps[signal].dropna() for trace in traces])
+    candidates = [
+        Rule(signal, side, float(f"{threshold:.3g}"))
+        for side in (1, -1)
+        for threshold in np.unique(np.quantile(values, np.linspace(0.005, 0.995, 100)))
+    ]
+
+    def gain(rule: Rule) -> float:
+        counts = judge(rule, traces)
+        return counts["announced"] / max(1, counts["collapsed"]) - counts["false_alarms"] / max(
+            1, counts["not_collapsed"]
+        )
+
+    return max(candidates, key=gain)
+
+
+def load_traces(studies: Path) -> tuple[list[Trace], list[Trace]]:
+    """The runs of all studies that are there, each once: those with even seeds, and those with odd ones.
+
+    Raises:
+        UserError: none of the studies is there.
+    """
+    there = [studies / name for name in SOURCES if (studies / name / "steps.csv.gz").exists()]
+    if not there:
+        raise UserError(f"{studies}: no study to look through; make one first, for example `minicpgd study map`")
+    outcomes = (
+        pd.concat([pd.read_csv(folder / "study.csv") for folder in there]).drop_duplicates("run").set_index("run")
+    )
+    steps = pd.concat([pd.read_csv(folder / "steps.csv.gz") for folder in there]).drop_duplicates(["run", "step"])
+    steps["clip_frac"] = steps["clip_frac_pos"] + steps["clip_frac_neg"]
+    halves: tuple[list[Trace], list[Trace]] = ([], [])
+    for run, rows in steps.groupby("run", sort=True):
+        of = outcomes.loc[run]
+        trace = Trace(rows[rows["step"] > 0], bool(of["collapsed"]), fall_step(rows["reward"].to_numpy()))
+        halves[int(of["seed"]) % 2].append(trace)
+    return halves
+
+
+def warning_study(studies: Path, folder: Path) -> Path:
+    """Fit each metric's rule on one half of the runs, judge it on the other, and write the table.
+
+    Args:
+        studies: where the other studies' tables are.
+        folder: where this one's goes.
+
+    Raises:
+        UserError: none of the studies is there, or neither half has runs that collapsed and runs that did not.
+    """
+    even, odd = load_traces(studies)
+    for half in (even, odd):
+        if len({trace.collapsed for trace in half}) < 2:
+            raise UserError(
+                f"{studies}: too few runs; with even and with odd seeds, some have to collapse and some not"
+            )
+    rows = []
+    for signal in SIGNALS:
+        rule = fit(signal, even)
+        found = judge(rule, odd)
+        announced = share(found["announced"], found["collapsed"])
+        in_vain = share(found["false_alarms"], found["not_collapsed"])
+        rows.append(
+            {"signal": signal, "fires": "above" if rule.side > 0 else "below", "threshold": rule.threshold, **found}
+            | {"announced_share": announced.value, "announced_low": announced.low, "announced_high": announced.high}
+            | {"false_share": in_vain.value, "false_low": in_vain.low, "false_high": in_vain.high}
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder / "study.csv", pd.DataFrame(rows))
+    looked_at = [name for name in SOURCES if (studies / name).exists()]
+    made = {"command": "minicpgd study warning", "looked_at": looked_at, "fitted_on": len(even), "judged_on": len(odd)}
+    (folder / "made.json").write_text(json.dumps(made | {"versions": versions()}, indent=2) + "\n")
+    return folder

@@ -1,0 +1,264 @@
+"""Studies: what is asked, what is made once, and what came of it."""
+
+import itertools
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from minicpgd import UserError, load_run, train
+from minicpgd.outcome import outcome
+from minicpgd.stats import collapsed, mean, share, window_means
+from minicpgd.studies import FOUR, QUICK, STUDIES, anatomy_study, drift_study, fair_study, map_study
+from minicpgd.study import Part, Study, _finish, run_study
+from minicpgd.trainer import Listener
+from minicpgd.warning import Rule, Trace, fall_step, first_alarm, fit, judge, warning_study
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.test_study import tiny
+from minicpgd.study import run_study
+if __name__ == "__main__":
+    run_study(tiny(), Path(sys.argv[1]) / "tiny", Path(sys.argv[1]) / "runs", on_wait=lambda *_: None, jobs=2)
+"""
+ROOT = Path(__file__).parent.parent
+FILES = ("study.csv", "steps.csv.gz", "passes.csv.gz")
+
+
+def tiny(seeds=(0, 1), algorithms=("cpgd", "grpo"), **changes):
+    base = {"max_steps": 10, "num_prompts": 2, "num_generations": 4, "num_minibatches": 2, "num_iterations": 2}
+    base |= {"eval_problems": 8, "save_steps": 3, "max_completion_length": 32}
+    first = Part("first", seeds, lambda _: [{"algorithm": name, "learning_rate": 1e-4} for name in algorithms])
+    best = Part(
+        "second", (7,), lambda t: [{"algorithm": t.loc[t["reward_last"].idxmax(), "algorithm"], "epsilon": 0.1}]
+    )
+    return Study("tiny", "Does it work?", base | changes, [first, best])
+
+
+def silent(*_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A finished study in STUDIES/tiny, its runs in STUDIES/runs, and what it said while it was at it."""
+    studies, said = tmp_path_factory.mktemp("studies"), []
+    run_study(tiny(), studies / "tiny", studies / "runs", on_wait=lambda *words: said.append(words), jobs=2)
+    return studies, said
+
+
+def test_a_killed_study_goes_on_and_makes_nothing_twice(undisturbed, tmp_path):
+    """Killed three times at random moments; the tables are those of an undisturbed one, byte for byte."""
+    rng, folder, seen = random.Random(time.time_ns()), tmp_path / "killed", {}
+    for attempt in itertools.count():
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], cwd=ROOT)
+        if attempt < 3:
+            runs_before = len(list(folder.glob("runs/*/metrics.jsonl")))
+            while len(list(folder.glob("runs/*/metrics.jsonl"))) <= runs_before and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 1.5))
+            process.kill()
+        assert process.wait() in (0, -9)
+        for path in folder.glob("runs/*/model"):
+            log = path.parent / "metrics.jsonl"
+            assert seen.setdefault(log, log.stat().st_mtime_ns) == log.stat().st_mtime_ns, (
+                "a finished run was made again"
+            )
+        if process.returncode == 0:
+            break
+    assert len(seen) == 5
+    for name in FILES:
+        assert (folder / "tiny" / name).read_bytes() == (undisturbed[0] / "tiny" / name).read_bytes()
+
+
+def test_the_tables_say_what_the_runs_did(undisturbed):
+    (studies, said), folder = undisturbed, undisturbed[0] / "tiny"
+    assert said[0] == (0.0, 0, 4)
+    assert said[-1] == (1.0, 1, 1)
+    table = pd.read_csv(folder / "study.csv")
+    steps, passes = pd.read_csv(folder / "steps.csv.gz"), pd.read_csv(folder / "passes.csv.gz")
+    assert list(table["part"]) == ["first"] * 4 + ["second"]
+    assert list(table["seed"]) == [0, 0, 1, 1, 7]
+    assert list(table["algorithm"][:4]) == ["cpgd", "grpo"] * 2
+    assert list(table["epsilon"][4:]) == [0.1]
+    assert set(table["updates_per_rollout"]) == {4}
+    first = table[table["part"] == "first"]
+    assert table["algorithm"][4] == first.loc[first["reward_last"].idxmax(), "algorithm"]
+    for _, row in table.iterrows():
+        config, metrics, _ = load_run(studies / "runs" / row["run"])
+        assert (config.algorithm, config.seed) == (row["algorithm"], row["seed"])
+        logged = steps[steps["run"] == row["run"]]
+        for name in metrics:
+            np.testing.assert_allclose(logged[name], metrics[name], rtol=1e-5)
+        assert len(passes[passes["run"] == row["run"]]) == 2 * 2  # steps 1 and 10, two passes each
+        assert row["accuracy_final"] == pytest.approx(metrics["eval_accuracy"][10], abs=1e-6)
+        assert row["accuracy_before"] == pytest.approx(metrics["eval_accuracy"][0], abs=1e-6)
+        assert row["reward_last"] == pytest.approx(np.mean(metrics["reward"][1:]), rel=1e-5)
+        assert row["kl_largest"] == pytest.approx(max(metrics["kl_old"][1:]), rel=1e-5)
+        assert row["collapsed"] == collapsed(metrics["reward"][1:], metrics["reward"][0])
+    made = json.loads((folder / "made.json").read_text())
+    assert made["command"] == "minicpgd study tiny"
+    assert made["runs"] == 5
+    assert made["versions"]["torch"].startswith("2.")
+
+
+def test_studies_that_ask_the_same_share_the_run(undisturbed, tmp_path):
+    studies, _ = undisturbed
+    made = {path: path.stat().st_mtime_ns for path in studies.glob("runs/*/metrics.jsonl")}
+    assert len(made) == 5
+    run_study(tiny(), tmp_path / "again", studies / "runs", on_wait=silent, jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in studies.glob("runs/*/metrics.jsonl")} == made
+    names = [
+        list(study.runs(study.parts[0], pd.DataFrame(), tmp_path)["config"].map(lambda c: c.folder.name))
+        for study in (tiny(), tiny(seeds=(1, 2)), tiny(temperature=0.9))
+    ]
+    assert names[0][2:] == names[1][:2]
+    assert not set(names[0]) & set(names[2])
+
+
+def test_a_run_that_diverges_is_an_outcome(small, tmp_path):
+    """Its loss stops being a number: that is no failure of the study, and as bad an end as there is."""
+    folder = _finish(small(max_steps=12, learning_rate=1e30))
+    result = outcome(folder)
+    assert result.diverged
+    assert result.collapsed
+    assert not result.healthy
+    assert result.accuracy_final == 0
+    assert "the gradient's norm nan" in (folder / "diverged.txt").read_text()
+
+
+def test_one_writer_at_a_time(small):
+    """A second process is sent away, and has touched nothing."""
+    config = small(max_steps=4)
+
+    def heard(step, *_):
+        if step == 2:
+            before = (config.folder / "metrics.jsonl").read_bytes()
+            other = subprocess.run(
+                [sys.executable, "-m", "minicpgd.cli", "train", "--resume", str(config.folder)],
+                capture_output=True, text=True,
+            )  # fmt: skip
+            assert other.returncode == 2
+            assert "another process is writing this run" in other.stderr
+            assert (config.folder / "metrics.jsonl").read_bytes() == before
+
+    train(config, listener=Listener(step=heard))
+    assert len(load_run(config.folder).metrics["step"]) == 5
+
+
+def test_wilson_by_hand():
+    """(p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964."""
+    z = 1.959964
+    for k, n in ((0, 5), (3, 5), (5, 5), (17, 40)):
+        p = k / n
+        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        ours = share(k, n)
+        assert ours.value == p
+        assert ours.low == pytest.approx((centre - half) / (1 + z * z / n), abs=1e-6)
+        assert ours.high == pytest.approx((centre + half) / (1 + z * z / n), abs=1e-6)
+
+
+def test_the_bootstrap_has_the_normal_interval_where_there_is_much_data():
+    values = np.random.default_rng(1).normal(2.0, 3.0, 400)
+    ours, half = mean(values), 1.96 * values.std() / 20
+    assert ours.value == pytest.approx(values.mean())
+    assert ours.low == pytest.approx(values.mean() - half, abs=0.05)
+    assert ours.high == pytest.approx(values.mean() + half, abs=0.05)
+    assert mean([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert np.isnan(mean([0.5]).low)
+    assert mean(values) == ours
+
+
+def test_window_means_by_hand():
+    assert window_means([0.0] * 10 + [1.0] * 5).tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    with pytest.raises(ValueError, match="9 steps"):
+        window_means([1.0] * 9)
+
+
+def arms(study):
+    part = study.parts[0]
+    return [{**study.base, **arm} for arm in part.settings(pd.DataFrame())], list(part.seeds)
+
+
+def test_the_studies_ask_what_they_say(tmp_path):
+    cells, seeds = arms(STUDIES["map"])
+    grid = {(c["algorithm"], c["learning_rate"], c["num_iterations"] * 4) for c in cells}
+    assert grid == set(itertools.product(FOUR, (3e-5, 1e-4, 3e-4, 1e-3), (4, 16, 64)))
+    assert len(cells) * len(seeds) == 240
+    cells, _ = arms(STUDIES["drift"])
+    assert {c["drift_coef"] for c in cells} >= {0.0, 30.0, "auto"}
+    assert {(c["num_generations"], c["advantage_weight"]) for c in cells} == set(
+        itertools.product((4, 16), ("std", "equal"))
+    )
+    for study in (*STUDIES.values(), *QUICK.values()):
+        for config in study.runs(study.parts[0], pd.DataFrame(), tmp_path)["config"]:
+            assert config.num_responses == 64  # the same rollouts for all
+            assert config.max_steps == study.base["max_steps"]
+    names = {c["algorithm"] for c in arms(anatomy_study())[0]}
+    assert {"cpgd", "cpg", "pgd", "grpo_drift", "grpo_dual_clip", "grpo_unclipped", "rloo_drift", "grpo"} < names
+    assert drift_study().name == "drift"
+    assert len(map_study(rates=(1e-4,)).parts[0].settings(pd.DataFrame())) == 12
+
+
+def test_a_fair_search_gives_each_the_same_chances():
+    study = fair_study()
+    search, report = study.parts
+    cells = search.settings(pd.DataFrame())
+    per_algorithm = {
+        name: [{k: v for k, v in c.items() if k != "algorithm"} for c in cells if c["algorithm"] == name]
+        for name in FOUR
+    }
+    assert all(found == per_algorithm["cpgd"] for found in per_algorithm.values())
+    assert not set(search.seeds) & set(report.seeds)
+    assert all(1e-5 <= c["learning_rate"] <= 3e-4 for c in cells)
+    table = pd.DataFrame([{**c, "reward_last": 0.1, "accuracy_final": 0.9} for c in cells])
+    table.loc[5, ["reward_last", "accuracy_final"]] = 0.7, 0.2  # chosen by what training saw, not by the held-out set
+    chosen = {c["algorithm"]: c for c in report.settings(table)}
+    assert set(chosen) == set(FOUR)
+    assert chosen[cells[5]["algorithm"]] == cells[5]
+
+
+def test_fall_step_by_hand():
+    assert math.isnan(fall_step(np.full(21, 0.5)))
+    assert fall_step(np.array([0.3, 0.5, 0.5, 0.5, 0.6, 0.1, 0.1, 0.1])) == 5
+    assert fall_step(np.array([0.3, 0.5, 0.5, 0.5, 0.6, 0.1, 0.6, 0.6])) != 5  # one bad rollout is no fall
+    assert fall_step(np.array([0.5, 0.2, 0.2, 0.2])) == 1
+
+
+def trace(signal, falls):
+    steps = pd.DataFrame({"step": range(1, 11), "kl_old": signal})
+    return Trace(steps, falls is not None, math.nan if falls is None else falls)
+
+
+def test_a_rule_is_judged_by_hand():
+    early = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]  # first alarm at step 4
+    never = [0] * 10
+    rule = Rule("kl_old", 1, 0.5)
+    assert first_alarm(rule, trace(early, None).steps) == 4
+    assert math.isnan(first_alarm(rule, trace(never, None).steps))
+    runs = [trace(early, 6), trace(early, 5), trace(early, 4), trace(never, 5), trace(early, None), trace(never, None)]
+    assert judge(rule, runs) == {
+        "announced": 2, "collapsed": 4, "false_alarms": 1, "not_collapsed": 2, "lead_median": 1.5,
+    }  # fmt: skip
+    found = fit("kl_old", [trace(early, 6), trace(never, None)])
+    assert judge(found, [trace(early, 6), trace(never, None)])["announced"] == 1
+    assert found.side == 1
+    below = fit("kl_old", [trace([-x for x in early], 6), trace(never, None)])
+    assert below.side == -1
+
+
+def test_a_warning_needs_runs_to_look_through(undisturbed, tmp_path):
+    with pytest.raises(UserError, match="make one first"):
+        warning_study(tmp_path, tmp_path / "warning")
+    shutil.copytree(undisturbed[0] / "tiny", tmp_path / "map")
+    with pytest.raises(UserError, match="too few runs"):
+        warning_study(tmp_path, tmp_path / "warning")
