@@ -207,13 +207,13 @@ def study(
     else:
         chosen = (QUICK if quick else STUDIES)[name]
         console.print(chosen.asks)
-        with Bars([name], 100, unit=" %") as bars:
+        with Bars([part.name for part in chosen.parts], 100, unit=" %") as bars:
             run_study(
                 chosen,
                 made,
                 folder / "runs",
                 jobs=jobs,
-                on_wait=lambda work, done, asked: bars.update(0, work * 100, f"{done} of {asked} runs"),
+                on_wait=lambda part, work, done, asked: bars.update(part, work * 100, f"{done} of {asked} runs"),
             )
     table = SUMMARIES[name](made)
     shown = Table(*table.columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -235,13 +235,13 @@ def plot(
     results: Path = Path("results"),
     out: Path | None = None,
 ) -> None:
-    """Draw the curves of one or more runs, or, with --all, every published figure from the committed logs.
+    """Draw the curves of one or more runs, or every published figure from the committed logs.
 
     Args:
         runs: folders of runs, up to seven.
-        all: every figure of README.md and docs/.
-        results: where the committed logs are, for --all.
-        out: where the figures go; by default figures/, and docs/figures/ for --all.
+        all: every figure of README.md and docs/, from the committed logs.
+        results: where the committed logs are.
+        out: where the figures go; by default figures/, and docs/figures/ for all.
     """
     if all:
         for path in save_published(results, out or Path("docs/figures")):

@@ -35,6 +35,7 @@ class Bars:
         )
         self.names, self.total, self.unit = list(names), total, unit
         self.last_line: dict[int, float] = {}
+        self.said: dict[int, float] = {}
         self.first: dict[int, tuple[float, float]] = {}  # a bar's clock starts when it is first heard of
         self.tasks: list[TaskID] = [self.progress.add_task(n, start=False, total=total, note="") for n in names]
 
@@ -52,9 +53,9 @@ class Bars:
             self.first[which] = (done, now)
             self.progress.start_task(self.tasks[which])
         self.progress.update(self.tasks[which], completed=done, note=note)
-        if not console.is_terminal and (
-            done == self.total or now - self.last_line.setdefault(which, now) > PLAIN_LINE_SECONDS
-        ):
+        over = done == self.total and self.said.get(which) != done
+        if not console.is_terminal and (over or now - self.last_line.setdefault(which, now) > PLAIN_LINE_SECONDS):
+            self.said[which] = done
             self.last_line[which] = now
             first, started = self.first[which]
             left = (now - started) * (self.total - done) / (done - first) if done > first else 0

@@ -85,14 +85,15 @@ class Study:
 
 
 def run_study(
-    study: Study, folder: Path, pool: Path, *, on_wait: Callable[[float, int, int], None], jobs: int | None = None
+    study: Study, folder: Path, pool: Path, *, on_wait: Callable[[int, float, int, int], None], jobs: int | None = None
 ) -> Path:
     """Make the runs that are missing, one process per core, and write the tables.
 
     Args:
         folder: where the study's tables go.
         pool: where the runs lie.
-        on_wait: called a few times a second with the share of the work that is done, and the runs done and asked for.
+        on_wait: called a few times a second with the number of the part, from 0, the share of its work that is done,
+            and its runs that are done and asked for.
         jobs: processes at a time; by default one per core.
 
     Returns:
@@ -103,14 +104,14 @@ def run_study(
             which is an outcome.
     """
     table = pd.DataFrame()
-    for part in study.parts:
+    for number, part in enumerate(study.parts):
         rows = study.runs(part, table, pool)
         configs = list(rows.pop("config"))
         work = np.array([config.max_steps * (10 + config.updates_per_rollout) for config in configs])  # a rollout ~ 10
 
-        def look(configs: list[TrainConfig] = configs, work: np.ndarray = work) -> None:
+        def look(configs: list[TrainConfig] = configs, work: np.ndarray = work, number: int = number) -> None:
             done = np.array([_finished(config) for config in configs])
-            on_wait(float(work @ done / work.sum()), int(done.sum()), len(configs))
+            on_wait(number, float(work @ done / work.sum()), int(done.sum()), len(configs))
 
         look()
         run_all([config for config in configs if not _finished(config)], look, jobs, run=_finish)

@@ -82,8 +82,8 @@ def test_a_killed_study_goes_on_and_makes_nothing_twice(undisturbed, tmp_path):
 
 def test_the_tables_say_what_the_runs_did(undisturbed):
     (studies, said), folder = undisturbed, undisturbed[0] / "tiny"
-    assert said[0] == (0.0, 0, 4)
-    assert said[-1] == (1.0, 1, 1)
+    assert said[0] == (0, 0.0, 0, 4)
+    assert said[-1] == (1, 1.0, 1, 1)
     table = pd.read_csv(folder / "study.csv")
     steps, passes = pd.read_csv(folder / "steps.csv.gz"), pd.read_csv(folder / "passes.csv.gz")
     assert list(table["part"]) == ["first"] * 4 + ["second"]
