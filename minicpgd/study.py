@@ -32,8 +32,8 @@ import pandas as pd
 import torch
 
 from minicpgd.checkpoint import write_atomically
-from minicpgd.config import TrainConfig
-from minicpgd.errors import NonFiniteError
+from minicpgd.config import TrainConfig, load_config
+from minicpgd.errors import NonFiniteError, UserError
 from minicpgd.outcome import DIVERGED, outcome
 from minicpgd.policy import quiet
 from minicpgd.runlog import load_timings, read_lines
@@ -100,13 +100,15 @@ def run_study(
         `folder`.
 
     Raises:
-        UserError: that of the first run that failed. A run whose loss stops being a number has not failed: it diverged,
-            which is an outcome.
+        UserError: that of the first run that failed, or a run in the pool is not what its name says. A run whose loss
+            stops being a number has not failed: it diverged, which is an outcome.
     """
     table = pd.DataFrame()
     for number, part in enumerate(study.parts):
         rows = study.runs(part, table, pool)
         configs = list(rows.pop("config"))
+        for config in configs:
+            _check_same(config)
         work = np.array([config.max_steps * (10 + config.updates_per_rollout) for config in configs])  # a rollout ~ 10
 
         def look(configs: list[TrainConfig] = configs, work: np.ndarray = work, number: int = number) -> None:
@@ -168,10 +170,18 @@ def run_all(
 
 
 def _in_pool(config: TrainConfig, pool: Path) -> TrainConfig:
-    """The config with a folder named after its algorithm, seed, and a digest of all it asks for."""
-    asked = json.dumps(asdict(replace(config, output_dir="")), sort_keys=True)
-    digest = hashlib.sha256(asked.encode()).hexdigest()[:10]
+    """The config with a folder named after its algorithm, seed, and a digest of all that is not as by default."""
+    default = asdict(TrainConfig(output_dir=config.output_dir))
+    asked = {name: value for name, value in asdict(config).items() if value != default[name]}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
     return replace(config, output_dir=str(pool / f"{config.algorithm}-seed{config.seed}-{digest}"))
+
+
+def _check_same(config: TrainConfig) -> None:
+    """Names do not tell defaults, which a later version may have changed: what is there has to be what is asked."""
+    path = config.folder / "config.json"
+    if path.exists() and replace(load_config(path), output_dir=config.output_dir) != config:
+        raise UserError(f"{path}: made with other defaults than today's; choose another folder for the study")
 
 
 def _finished(config: TrainConfig) -> bool:

@@ -1,31 +1,82 @@
 """What is published can be remade: figures from committed logs, commands and files that exist."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
 
 from minicpgd import ALGORITHMS, load_run
-from minicpgd.demo import ALGORITHMS as SHOWN
 from minicpgd.demo import demo_configs
-from minicpgd.figures import save_figures
+from minicpgd.figures import save_published
 from minicpgd.outcome import outcome
-from minicpgd.summary import display_name
+from minicpgd.studies import STUDIES
+from minicpgd.summary import SUMMARIES, display_name
+from minicpgd.warning import warning_study
 
 ROOT = Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("docs_results", ROOT / "docs" / "results.py")
+results = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(results)
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def test_the_published_figures_are_those_of_the_committed_logs(tmp_path):
+@pytest.fixture(scope="module")
+def remade(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    return list(save_published(ROOT / "results", folder))
+
+
+def test_the_published_figures_are_those_of_the_committed_logs(remade):
     """Pixel by pixel, but for a little that fonts and versions may move."""
-    runs = [ROOT / "results" / "demo" / "seed0" / name for name in SHOWN]
-    for path in save_figures(tmp_path, runs):
-        remade, published = (matplotlib.image.imread(p) for p in (path, ROOT / "docs" / "figures" / path.name))
-        assert remade.shape == published.shape
-        assert np.abs(remade - published).mean() < 0.01
+    assert {path.name for path in remade} == {path.name for path in (ROOT / "docs" / "figures").glob("*.png")}
+    for path in remade:
+        ours, published = (matplotlib.image.imread(p) for p in (path, ROOT / "docs" / "figures" / path.name))
+        assert ours.shape == published.shape
+        assert np.abs(ours - published).mean() < 0.01, path.name
+
+
+def test_every_published_figure_is_shown(remade):
+    pages = README + (ROOT / "docs" / "results.md").read_text() + (ROOT / "results" / "README.md").read_text()
+    assert not [path.name for path in remade if f"figures/{path.name}" not in pages]
+
+
+def test_the_numbers_of_the_results_page_are_those_of_the_tables():
+    """Every marked number and table; and hardly a number with an interval is there without a mark."""
+    page = results.PAGE.read_text()
+    assert results.filled(page) == page, "run `python docs/results.py`"
+    assert len(results.MARKED.findall(page)) > 20
+    assert not re.findall(r"\d \[[-\d., ]+\]", results.MARKED.sub("", page))
+    for study in SUMMARIES:
+        assert f"<!--{study}-->" in page
+
+
+def test_the_committed_studies_are_those_of_the_specifications():
+    """Each asks today what it asked then, and its table has a row for each run."""
+    for name, study in STUDIES.items():
+        folder = ROOT / "results" / name
+        table = pd.read_csv(folder / "study.csv")
+        first = table[table["part"] == study.parts[0].name]
+        asked = study.runs(study.parts[0], pd.DataFrame(), Path("pool"))
+        assert list(first["run"]) == [config.folder.name for config in asked["config"]]
+        if len(study.parts) > 1:
+            asked = study.runs(study.parts[1], first, Path("pool"))
+            assert list(table["run"][len(first) :]) == [config.folder.name for config in asked["config"]]
+        assert set(pd.read_csv(folder / "steps.csv.gz")["run"]) == set(table["run"])
+        made = json.loads((folder / "made.json").read_text())
+        assert made["command"] == f"minicpgd study {name}"
+        assert made["runs"] == len(table)
+    assert sum(path.stat().st_size for path in (ROOT / "results").rglob("*") if path.is_file()) < 10_000_000
+
+
+def test_the_warning_study_is_remade_from_the_others(tmp_path):
+    made = warning_study(ROOT / "results", tmp_path / "warning")
+    assert (made / "study.csv").read_text() == (ROOT / "results" / "warning" / "study.csv").read_text()
 
 
 def test_the_committed_logs_are_the_demos():

@@ -14,11 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from minicpgd import UserError, load_run, train
+import minicpgd.cli
+from minicpgd import UserError, load_run, plots, train
 from minicpgd.outcome import outcome
 from minicpgd.stats import collapsed, mean, share, window_means
 from minicpgd.studies import FOUR, QUICK, STUDIES, anatomy_study, drift_study, fair_study, map_study
 from minicpgd.study import Part, Study, _finish, run_study
+from minicpgd.summary import display_name
 from minicpgd.trainer import Listener
 from minicpgd.warning import Rule, Trace, fall_step, first_alarm, fit, judge, warning_study
 
@@ -123,6 +125,14 @@ def test_studies_that_ask_the_same_share_the_run(undisturbed, tmp_path):
     ]
     assert names[0][2:] == names[1][:2]
     assert not set(names[0]) & set(names[2])
+
+
+def test_a_run_made_with_other_defaults_is_not_taken_for_ones_own(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0] / "runs", tmp_path / "runs")
+    path = next(tmp_path.glob("runs/cpgd-seed0-*/config.json"))
+    path.write_text(path.read_text().replace('"epsilon": 0.2', '"epsilon": 0.3'))
+    with pytest.raises(UserError, match="made with other defaults"):
+        run_study(tiny(), tmp_path / "tiny", tmp_path / "runs", on_wait=silent)
 
 
 def test_a_run_that_diverges_is_an_outcome(small, tmp_path):
@@ -262,3 +272,30 @@ def test_a_warning_needs_runs_to_look_through(undisturbed, tmp_path):
     shutil.copytree(undisturbed[0] / "tiny", tmp_path / "map")
     with pytest.raises(UserError, match="too few runs"):
         warning_study(tmp_path, tmp_path / "warning")
+
+
+def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """A map of one cell, two seeds; then its figures hold what the table holds, and the rest complain in one line."""
+    monkeypatch.setitem(QUICK, "map", map_study(rates=(1e-4,), updates=(4,), seeds=(100, 101), max_steps=10))
+    arguments = ["study", "map", "--quick", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["minicpgd", *arguments])
+    minicpgd.cli.main()
+    out = capsys.readouterr().out
+    assert "How hard may each algorithm be pushed" in out
+    assert "8 of 8 runs" in out
+    for name in ("study.csv", "map.png", "frontiers.png", "map_curves.png"):
+        assert str(tmp_path / "map-quick" / name) in out
+        assert (tmp_path / "map-quick" / name).stat().st_size > 1000
+    heat = plots.map_heat(tmp_path / "map-quick")
+    table = pd.read_csv(tmp_path / "map-quick" / "study.csv")
+    for axis, (name, rows) in zip(heat.axes, table.groupby("algorithm", sort=False), strict=False):
+        assert axis.get_title(loc="left").startswith(display_name(name))
+        assert f"{rows['accuracy_final'].mean():.2f}" in [text.get_text() for text in axis.texts]
+    for figure in (plots.map_frontiers(tmp_path / "map-quick"), plots.map_curves(tmp_path / "map-quick")):
+        assert all(
+            axis.get_ylabel() for axis in figure.axes if axis.get_visible() and axis.get_subplotspec().is_first_col()
+        )
+    monkeypatch.setattr(sys, "argv", ["minicpgd", "plot", "--all", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        minicpgd.cli.main()
+    assert "not there; --results names the folder of committed logs" in capsys.readouterr().err

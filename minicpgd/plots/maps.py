@@ -56,6 +56,8 @@ def map_frontiers(folder: Path) -> Figure:
     ks = sorted(table["updates_per_rollout"].unique())
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axes = list(figure.subplots(2, 2).flat)
+    for unused in axes[len(ks) : -1]:
+        unused.set_visible(False)
     for i, (algorithm, rows) in enumerate(table.groupby("algorithm", sort=False)):
         for axis, k in zip(axes, ks, strict=False):
             cells = rows[rows["updates_per_rollout"] == k].groupby("learning_rate")["accuracy_final"]
@@ -73,9 +75,11 @@ def map_frontiers(folder: Path) -> Figure:
 
 
 @styled
-def map_curves(folder: Path, *, learning_rate: float = 1e-4, k: int = 64) -> Figure:
-    """Reward, length, KL and clipped share over the steps of one cell of the map: seeds thin, their mean thick."""
+def map_curves(folder: Path) -> Figure:
+    """Reward, length, KL and clipped share at the largest K and a middling rate: seeds thin, their mean thick."""
     table = pd.read_csv(folder / "study.csv")
+    rates, k = np.unique(table["learning_rate"]), table["updates_per_rollout"].max()
+    learning_rate = rates[(len(rates) - 1) // 2]
     table = table[(table["learning_rate"] == learning_rate) & (table["updates_per_rollout"] == k)]
     steps = pd.read_csv(folder / "steps.csv.gz").merge(table[["run", "algorithm"]], on="run")
     algorithms = list(table["algorithm"].unique())
@@ -103,5 +107,5 @@ def map_curves(folder: Path, *, learning_rate: float = 1e-4, k: int = 64) -> Fig
                 axis.set_ylabel(unit)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         column[0].set_title(display_name(algorithm))
-    figure.supxlabel("step (one rollout and its K updates)", size=10.5)
+    figure.supxlabel(f"step (one rollout and its K = {k} updates), learning rate {learning_rate:g}", size=10.5)
     return figure

@@ -138,9 +138,9 @@ def fair_search(folder: Path) -> Figure:
         ]
         ring: dict[str, Any] = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 1.4, "label": "chosen"}
         axis.plot(at["learning_rate"].iloc[0], at["reward_last"].mean(), "o", color="black", **ring)
-        axis.set(xscale="log", ylim=(0, 1), title=display_name(algorithm), xlabel="learning rate")
+        axis.set(xscale="log", xlim=(8e-6, 4e-4), ylim=(0, 1), title=display_name(algorithm), xlabel="learning rate")
     top[0].set_ylabel("search: mean reward,\nlast 10 steps")
-    top[0].legend(fontsize=9)
+    above.legend(*top[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     for axis, (metric, unit) in zip(
         below.subplots(1, 2, sharey=True),
         (("accuracy_final", ACCURACY), ("reward_last", "mean reward, last 10 steps")),
