@@ -74,8 +74,11 @@ def main() -> None:
     except UserError as error:
         print(f"minicpgd: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a disk, a permission: it names the file
+        print(f"minicpgd: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("minicpgd: stopped", file=sys.stderr)
+        print("minicpgd: stopped. What is finished is kept; a study goes on with the same command", file=sys.stderr)
         sys.exit(130)
 
 

@@ -201,9 +201,11 @@ def study(
         folder: where studies and their runs go. A run that is there already is not made again.
         jobs: runs at a time; by default one per core.
     """
+    if jobs is not None and jobs < 1:
+        raise UserError(f"jobs = {jobs}: it has to be at least 1")
     made = folder / (f"{name}-quick" if quick else name)
     if name == "warning":
-        warning_study(folder, made)
+        warning_study(folder, made, quick=quick)
     else:
         chosen = (QUICK if quick else STUDIES)[name]
         console.print(chosen.asks)

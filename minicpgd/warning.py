@@ -100,15 +100,8 @@ def fit(signal: str, traces: list[Trace]) -> Rule:
     return max(candidates, key=gain)
 
 
-def load_traces(studies: Path) -> tuple[list[Trace], list[Trace]]:
-    """The runs of all studies that are there, each once: those with even seeds, and those with odd ones.
-
-    Raises:
-        UserError: none of the studies is there.
-    """
-    there = [studies / name for name in SOURCES if (studies / name / "steps.csv.gz").exists()]
-    if not there:
-        raise UserError(f"{studies}: no study to look through; make one first, for example `minicpgd study map`")
+def load_traces(there: list[Path]) -> tuple[list[Trace], list[Trace]]:
+    """The runs of some studies' folders, each once: those with even seeds, and those with odd ones."""
     outcomes = (
         pd.concat([pd.read_csv(folder / "study.csv") for folder in there]).drop_duplicates("run").set_index("run")
     )
@@ -122,17 +115,25 @@ def load_traces(studies: Path) -> tuple[list[Trace], list[Trace]]:
     return halves
 
 
-def warning_study(studies: Path, folder: Path) -> Path:
+def warning_study(studies: Path, folder: Path, *, quick: bool = False) -> Path:
     """Fit each metric's rule on one half of the runs, judge it on the other, and write the table.
 
     Args:
         studies: where the other studies' tables are.
         folder: where this one's goes.
+        quick: look through the quick studies.
 
     Raises:
         UserError: none of the studies is there, or neither half has runs that collapsed and runs that did not.
     """
-    even, odd = load_traces(studies)
+    names = [f"{name}-quick" if quick else name for name in SOURCES]
+    there = [studies / name for name in names if (studies / name / "steps.csv.gz").exists()]
+    if not there:
+        raise UserError(
+            f"{studies}: none of the studies {', '.join(names)} is there to look through; make one first, "
+            f"for example by `minicpgd study map{' --quick' * quick}`"
+        )
+    even, odd = load_traces(there)
     for half in (even, odd):
         if len({trace.collapsed for trace in half}) < 2:
             raise UserError(
@@ -151,7 +152,10 @@ def warning_study(studies: Path, folder: Path) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "study.csv", pd.DataFrame(rows))
-    looked_at = [name for name in SOURCES if (studies / name).exists()]
-    made = {"command": "minicpgd study warning", "looked_at": looked_at, "fitted_on": len(even), "judged_on": len(odd)}
-    (folder / "made.json").write_text(json.dumps(made | {"versions": versions()}, indent=2) + "\n")
+    made: dict[str, Any] = {
+        "command": f"minicpgd study warning{' --quick' * quick}",
+        "looked_at": [study.name for study in there],
+    }
+    made |= {"fitted_on": len(even), "judged_on": len(odd), "versions": versions()}
+    (folder / "made.json").write_text(json.dumps(made, indent=2) + "\n")
     return folder
