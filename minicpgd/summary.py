@@ -7,9 +7,10 @@ brackets.
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from minicpgd.stats import Estimate, mean, share
+from minicpgd.stats import HEALTHY, Estimate, mean, share
 
 NAMES = {
     "cpgd": "CPGD",
@@ -51,6 +52,33 @@ def healthy_share(rows: pd.DataFrame) -> Estimate:
     return mean(rows.groupby("seed")["healthy"].mean())
 
 
+def borne_rate(rows: pd.DataFrame) -> pd.Series:
+    """By seed, the learning rate that an algorithm bears: where its final accuracy first falls to half.
+
+    That is read along one row of the map, one K, and interpolated on the logarithm of the rate.
+
+    Where it never does, or has at the smallest rate, it is the largest or smallest on the map.
+    """
+    borne = {}
+    for seed, line in rows.sort_values("learning_rate").groupby("seed"):
+        rate, accuracy = np.log(line["learning_rate"].to_numpy()), line["accuracy_final"].to_numpy()
+        below = np.flatnonzero(accuracy < HEALTHY)
+        i = below[0] if len(below) else len(rate)
+        if 0 < i < len(rate):
+            part = (accuracy[i - 1] - HEALTHY) / (accuracy[i - 1] - accuracy[i])
+            borne[seed] = float(rate[i - 1] + part * (rate[i] - rate[i - 1]))
+        else:
+            borne[seed] = float(rate[min(i, len(rate) - 1)])
+    return np.exp(pd.Series(borne))
+
+
+def geometric(values: pd.Series, form: str) -> str:
+    """A geometric mean over seeds, as in 1.8e-4 [1.6e-4, 2.0e-4]."""
+    estimate = (np.exp(x) for x in mean(np.log(values)))
+    value, low, high = (format(x, form).replace("e-0", "e-") for x in estimate)
+    return value if low == "nan" else f"{value} [{low}, {high}]"
+
+
 def advantage_size(rows: pd.DataFrame) -> float:
     """The largest |A| of a rollout, averaged over steps and runs: what `auto` follows."""
     return float(rows[["advantage_max_mean"]].assign(low=-rows["advantage_min_mean"]).max(axis=1).mean())
@@ -65,6 +93,7 @@ def map_summary(folder: Path) -> pd.DataFrame:
     """How much of the map each algorithm keeps, by how much CPGD keeps more, and who fell at the largest K."""
     table = pd.read_csv(folder / "study.csv")
     largest = table["updates_per_rollout"].max()
+    of_cpgd = borne_rate(table.query(f"algorithm == 'cpgd' and updates_per_rollout == {largest}"))
     by_seed = table.groupby(["algorithm", "seed"])["healthy"].mean().unstack("algorithm")
     rows = []
     for algorithm, runs in table.groupby("algorithm", sort=False):
@@ -79,6 +108,10 @@ def map_summary(folder: Path) -> pd.DataFrame:
                 "algorithm": display_name(str(algorithm)),
                 "healthy share of the map": percent(healthy_share(runs)),
                 "CPGD's is larger by": "" if algorithm == "cpgd" else percent(lead),
+                f"learning rate borne at K = {largest}": geometric(borne_rate(hardest), ".1e"),
+                "CPGD bears, times that": ""
+                if algorithm == "cpgd"
+                else geometric(of_cpgd / borne_rate(hardest), ".1f"),
                 "not collapsed": percent(mean(1 - runs.groupby("seed")["collapsed"].mean())),
                 f"collapsed at K = {largest}": percent(share(hardest["collapsed"].sum(), len(hardest))),
             }

@@ -20,7 +20,7 @@ from minicpgd.outcome import outcome
 from minicpgd.stats import collapsed, mean, share, window_means
 from minicpgd.studies import FOUR, QUICK, STUDIES, anatomy_study, drift_study, fair_study, map_study
 from minicpgd.study import Part, Study, _finish, run_study
-from minicpgd.summary import display_name
+from minicpgd.summary import borne_rate, display_name, map_summary
 from minicpgd.trainer import Listener
 from minicpgd.warning import Rule, Trace, fall_step, first_alarm, fit, judge, warning_study
 
@@ -299,3 +299,34 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         minicpgd.cli.main()
     assert "not there; --results names the folder of committed logs" in capsys.readouterr().err
+
+
+def test_the_borne_rate_by_hand():
+    """1.0 at 1e-4, 0.0 at 1e-2: half-way on the logarithm; clamped to the map where it never falls, or always has."""
+    rows = pd.DataFrame(
+        {
+            "seed": [1, 1, 2, 2, 3, 3],
+            "learning_rate": [1e-2, 1e-4] * 3,
+            "accuracy_final": [0.0, 1.0, 0.9, 1.0, 0.1, 0.4],
+        }
+    )
+    assert borne_rate(rows).tolist() == pytest.approx([1e-3, 1e-2, 1e-4])
+
+
+def test_the_summary_of_a_map_by_hand(tmp_path):
+    """Two algorithms, two rates, two seeds: CPGD is healthy in 3 of 4 runs, GRPO in 1 of 4."""
+    cells = itertools.product(("cpgd", "grpo"), (1e-4, 1e-2), (1, 2))
+    rows = [dict(zip(("algorithm", "learning_rate", "seed"), cell, strict=True)) for cell in cells]
+    table = pd.DataFrame(rows).assign(updates_per_rollout=64)
+    table["accuracy_final"] = [1.0, 1.0, 0.0, 0.8, 1.0, 0.3, 0.0, 0.0]
+    table["collapsed"] = [False, False, True, False, False, False, True, True]
+    table["healthy"] = [True, True, False, True, True, False, False, False]
+    table.to_csv(tmp_path / "study.csv")
+    cpgd, grpo = map_summary(tmp_path).to_dict("records")
+    assert cpgd["healthy share of the map"] == "75 % [50, 100]"
+    assert grpo["healthy share of the map"] == "25 % [0, 50]"
+    assert grpo["CPGD's is larger by"] == "50 % [0, 100]"
+    assert cpgd["collapsed at K = 64"].startswith("25 % [5, 70]")  # Wilson, 1 of 4
+    assert (cpgd["fell at K = 64, lr 1e-2"], grpo["fell at K = 64, lr 1e-2"]) == ("1 of 2", "2 of 2")
+    assert cpgd["learning rate borne at K = 64"].startswith("3.2e-3 [1.0e-3, 1.0e-2]")
+    assert grpo["CPGD bears, times that"].startswith("10.0 [")

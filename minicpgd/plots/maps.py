@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, band, styled
-from minicpgd.stats import mean
-from minicpgd.summary import display_name, healthy_share, percent
+from minicpgd.stats import Estimate, mean
+from minicpgd.summary import borne_rate, display_name, healthy_share, percent
 
 
 @styled
@@ -51,26 +51,33 @@ def map_heat(folder: Path) -> Figure:
 
 @styled
 def map_frontiers(folder: Path) -> Figure:
-    """Final accuracy over the learning rate, for each K; and the share of the map that reaches an accuracy."""
+    """Final accuracy over the learning rate, for each K; the rate borne over K; the share of the map so accurate."""
     table = pd.read_csv(folder / "study.csv")
-    ks = sorted(table["updates_per_rollout"].unique())
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    axes = list(figure.subplots(2, 2).flat)
-    for unused in axes[len(ks) : -1]:
-        unused.set_visible(False)
-    for i, (algorithm, rows) in enumerate(table.groupby("algorithm", sort=False)):
-        for axis, k in zip(axes, ks, strict=False):
+    ks = np.unique(table["updates_per_rollout"])
+    figure = Figure(figsize=(10, 6.8), layout="constrained")
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(5, 6)))
+    top = above.subplots(1, len(ks), sharey=True)
+    frontier, whole = below.subplots(1, 2)
+    for i, (name, rows) in enumerate(table.groupby("algorithm", sort=False)):
+        label = display_name(str(name))
+        for axis, k in zip(top, ks, strict=True):
             cells = rows[rows["updates_per_rollout"] == k].groupby("learning_rate")["accuracy_final"]
-            band(axis, i, {rate: mean(values) for rate, values in cells}, display_name(str(algorithm)))
+            band(axis, i, {rate: mean(values) for rate, values in cells}, label)
+        borne = {k: mean(np.log(borne_rate(line))) for k, line in rows.groupby("updates_per_rollout")}
+        band(frontier, i, {k: Estimate(*np.exp(estimate)) for k, estimate in borne.items()}, label)
         wanted = np.linspace(0, 1, 101)
         reached = [mean((rows["accuracy_final"] >= x).groupby(rows["seed"]).mean()) for x in wanted]
-        band(axes[-1], i, dict(zip(wanted, reached, strict=True)), display_name(str(algorithm)), marker="")
-    for axis, k in zip(axes, ks, strict=False):
-        axis.set(xscale="log", ylim=(0, 1.03), title=f"K = {k} updates per rollout", xlabel="learning rate")
-        axis.set_ylabel(ACCURACY)
-    axes[-1].set(xlim=(0, 1), ylim=(0, 1.03), title="The whole map", xlabel=f"at least this {ACCURACY}")
-    axes[-1].set_ylabel("share of the map")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=3.2)
+        band(whole, i, dict(zip(wanted, reached, strict=True)), label, marker="")
+    for axis, k in zip(top, ks, strict=True):
+        axis.set(xscale="log", ylim=(0, 1.03), title=f"K = {k}", xlabel="learning rate")
+    top[0].set_ylabel(ACCURACY)
+    frontier.set(xscale="log", yscale="log", title="The frontier", xlabel="K, updates per rollout")
+    frontier.set_xticks(ks, ks)
+    frontier.xaxis.set_minor_locator(NullLocator())
+    frontier.set_ylabel("learning rate at which\naccuracy falls to half")
+    whole.set(xlim=(0, 1), ylim=(0, 1.03), title="The whole map", xlabel=f"at least this {ACCURACY}")
+    whole.set_ylabel("share of the map")
+    figure.legend(*top[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=3.2)
     return figure
 
 
@@ -101,6 +108,8 @@ def map_curves(folder: Path) -> Figure:
                 axis.plot(by_seed.mean(axis=1), color=colour, linestyle=dashes, label=label)
             if metric == "kl_old":
                 axis.set_yscale("log")
+            elif metric == "reward":
+                axis.set_ylim(0, 1)
             if len(lines) > 1 and i == 0:
                 axis.legend(handlelength=3)
             if i == 0:
