@@ -146,6 +146,34 @@ def test_a_run_that_diverges_is_an_outcome(small, tmp_path):
     assert "the gradient's norm nan" in (folder / "diverged.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("rewards", "accuracies", "fell", "healthy", "to_90"),
+    [
+        ([0.5] * 20, [0.3, 0.6, 0.9, 0.95, 0.7], False, True, 10),
+        ([0.5] * 20, [0.3, 0.4, 0.4, 0.4, 0.4], False, False, math.nan),  # stood still: neither
+        ([0.8] * 10 + [0.3] * 10, [0.3, 0.95, 0.9, 0.9, 0.9], True, False, 5),  # below half of its best
+        ([0.35] * 20, [0.3, 0.6, 0.6, 0.6, 0.6], True, False, math.nan),  # below its start, 0.4
+    ],
+)
+def test_outcome_by_hand(small, rewards, accuracies, fell, healthy, to_90):
+    config = small(max_steps=20)
+    config.folder.mkdir()
+    config.save(config.folder / "config.json")
+    lines = [{"step": step, "reward": reward, "kl_old": 0.1 * step} for step, reward in enumerate([0.4, *rewards])]
+    for line, accuracy in zip(lines[::5], accuracies, strict=True):
+        line["eval_accuracy"] = accuracy
+    (config.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = outcome(config.folder)
+    assert (result.collapsed, result.healthy) == (fell, healthy)
+    assert result.steps_to_90 == pytest.approx(to_90, nan_ok=True)
+    assert (result.accuracy_before, result.accuracy_best, result.accuracy_final) == (
+        accuracies[0], max(accuracies), accuracies[-1],
+    )  # fmt: skip
+    assert result.reward_last == pytest.approx(np.mean(rewards[10:]))
+    assert result.reward_best == pytest.approx(max(rewards))
+    assert (result.kl_largest, result.kl_last) == pytest.approx((2.0, 1.55))
+
+
 def test_one_writer_at_a_time(small):
     """A second process is sent away, and has touched nothing."""
     config = small(max_steps=4)

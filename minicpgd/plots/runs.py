@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from minicpgd.algorithms import ALGORITHMS
-from minicpgd.plots.style import COLOURS, DASHES, styled
+from minicpgd.plots.style import COLOURS, DASHES, ribbon_legend, styled
 from minicpgd.runlog import Run, load_run
 from minicpgd.summary import display_name
 
@@ -69,10 +66,7 @@ def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
         axis.set_yscale("log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes[0].set_ylabel(r"ratio $\pi_\theta / \pi_{old}$")
-    shades: list[Artist] = [Patch(color="#555555", alpha=0.75, label="1 % to 99 % of the tokens")]
-    shades += [Patch(color="#555555", alpha=0.22, label="smallest to largest")]
-    shades += [Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="clip bounds")]
-    figure.legend(handles=shades, loc="outside upper center", ncols=3)
+    figure.legend(handles=ribbon_legend(), loc="outside upper center", ncols=3)
     return figure
 
 

@@ -12,7 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, look, styled
+from minicpgd.algorithms import ALGORITHMS
+from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, look, ribbon_legend, styled
 from minicpgd.stats import Estimate, mean, share
 from minicpgd.summary import advantage_size, arm_name, display_name
 
@@ -63,21 +64,23 @@ def anatomy_rows(folder: Path) -> Figure:
     order = table.groupby("arm")["accuracy_final"].mean().sort_values().index
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
+    kinds = (("with the drift", "D"), ("KL to the reference", "^"), ("neither", "s"))
     for y, arm in enumerate(order):
         rows = table[table["arm"] == arm]
-        has_drift = arm in ("CPGD", "CPGD without clip") or "+ drift" in arm
-        colour = COLOURS[0] if has_drift else COLOURS[1]
+        first = rows.iloc[0]
+        kind = 0 if ALGORITHMS[first["algorithm"]].drift else 1 if first["beta"] else 2
+        colour, marker = COLOURS[(0, 2, 1)[kind]], kinds[kind][1]
         for axis, metric in zip(axes, ("accuracy_final", "reward_last"), strict=False):
             axis.plot(rows[metric], [y] * len(rows), "o", color=colour, alpha=0.35, markersize=4.5, markeredgewidth=0)
-            interval(axis, y, mean(rows[metric]), colour, "D" if has_drift else "s")
-        interval(axes[2], y, share(rows["collapsed"].sum(), len(rows)), colour, "D" if has_drift else "s")
+            interval(axis, y, mean(rows[metric]), colour, marker)
+        interval(axes[2], y, share(rows["collapsed"].sum(), len(rows)), colour, marker)
     axes[0].set_yticks(range(len(order)), order)
     axes[0].set(xlabel=ACCURACY, xlim=(0, 1.02), title="Held-out problems")
     axes[1].set(xlabel="mean reward, last 10 steps", xlim=(0, 1.02), title="Training")
     axes[2].set(xlabel="share of seeds", xlim=(-0.03, 1.03), title="Collapsed")
-    for label, colour, marker in (("with drift", COLOURS[0], "D"), ("without", COLOURS[1], "s")):
+    for (label, marker), colour in zip(kinds, (COLOURS[0], COLOURS[2], COLOURS[1]), strict=True):
         axes[2].plot([], [], marker, color=colour, label=label)
-    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
 
 
@@ -87,15 +90,15 @@ def anatomy_passes(folder: Path, *, step: int = 1) -> Figure:
     table = pd.read_csv(folder / "study.csv")
     passes = pd.read_csv(folder / "passes.csv.gz").query(f"step == {step}")
     passes = passes.merge(table[["run", "algorithm", "beta"]], on="run").query("beta == 0")
-    algorithms = ("grpo", "cpg", "grpo_drift", "cpgd")
+    colours = {"grpo": COLOURS[1], "cpg": COLOURS[4], "grpo_drift": COLOURS[5], "cpgd": COLOURS[0]}
     figure = Figure(figsize=(10, 6.6), layout="constrained")
-    axes = figure.subplots(3, len(algorithms), sharex=True, sharey="row", height_ratios=(3, 2, 2))
-    for i, (column, algorithm) in enumerate(zip(axes.T, algorithms, strict=True)):
-        rows, colour = passes[passes["algorithm"] == algorithm], COLOURS[i]
+    axes = figure.subplots(3, len(colours), sharex=True, sharey="row", height_ratios=(3, 2, 2))
+    for column, (algorithm, colour) in zip(axes.T, colours.items(), strict=True):
+        rows = passes[passes["algorithm"] == algorithm]
         by_pass = rows.groupby("pass")
         low, p01, p99, high = (by_pass[f"ratio_{q}"].median() for q in ("min", "p01", "p99", "max"))
-        column[0].fill_between(low.index, low, high, color=colour, alpha=0.22, linewidth=0, label="smallest to largest")
-        column[0].fill_between(p01.index, p01, p99, color=colour, alpha=0.75, linewidth=0, label="1 % to 99 %")
+        column[0].fill_between(low.index, low, high, color=colour, alpha=0.22, linewidth=0)
+        column[0].fill_between(p01.index, p01, p99, color=colour, alpha=0.75, linewidth=0)
         for bound in (0.8, 1.2):
             column[0].axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
         column[0].set(yscale="log", title=display_name(algorithm))
@@ -110,8 +113,11 @@ def anatomy_passes(folder: Path, *, step: int = 1) -> Figure:
         axes[:, 0], (r"ratio $\pi_\theta / \pi_{old}$", KL.replace("  ", "\n"), "share clipped"), strict=True
     ):
         axis.set_ylabel(unit)
-    axes[0, 0].legend(loc="upper left", fontsize=9)
-    axes[2, 0].legend(handlelength=3, fontsize=9)
+    ratios = [0.3, 0.5, 0.8, 1.2, 2, 3]
+    axes[0, 0].set_yticks(ratios, [f"{ratio:g}" for ratio in ratios])
+    axes[0, 0].yaxis.set_minor_locator(NullLocator())
+    figure.legend(handles=ribbon_legend(), loc="outside upper right", ncols=3)
+    axes[2, -1].legend(handlelength=3, fontsize=9)
     figure.supxlabel("pass over the same rollout (4 updates each)", size=10.5)
     return figure
 

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from minicpgd.stats import Estimate
 
@@ -74,3 +77,12 @@ def interval(axis: Axes, y: float, estimate: Estimate, colour: str, marker: str)
     """One estimate: a marker, and a bar for its interval."""
     axis.plot([estimate.low, estimate.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
     axis.plot(estimate.value, y, marker, color=colour, markersize=7, markeredgecolor="white")
+
+
+def ribbon_legend() -> list[Artist]:
+    """What the shades of a panel of ratios mean, for `figure.legend(handles=...)`."""
+    return [
+        Patch(color="#555555", alpha=0.75, label="1 % to 99 % of the tokens"),
+        Patch(color="#555555", alpha=0.22, label="smallest to largest"),
+        Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="clip bounds"),
+    ]
