@@ -4,8 +4,10 @@ In the page, a number stands between marks that say where it comes from, and so 
 
     <!--map | CPGD | healthy share of the map-->58 % [50, 67]<!--/-->      a cell: study | row | column
     <!--map-->...<!--/-->                                                  the whole summary of a study
+    <!--made-->...<!--/-->                                                 what each study took
 """
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -31,11 +33,30 @@ def value_of(source: str) -> str:
     Raises:
         KeyError: no such study, row or column.
     """
+    if source == "made":
+        return markdown(made())
     study, *cell = (part.strip() for part in source.split(" | "))
     table = summary(study)
     if cell:
         row, column = cell
         return str(table.set_index(table.columns[0]).loc[row, column])
+    return markdown(table)
+
+
+def made() -> pd.DataFrame:
+    """What each study took."""
+    rows = []
+    for study in SUMMARIES:
+        told = json.loads((ROOT / "results" / study / "made.json").read_text())
+        minutes = f"{told['core_minutes']:.0f}" if "core_minutes" in told else "none"
+        runs = told.get("runs", f"looks through {told.get('fitted_on', 0) + told.get('judged_on', 0)}")
+        rows.append({"command": f"`{told['command']}`", "runs": runs, "core-minutes": minutes})
+        rows[-1]["versions"] = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as GitHub draws it, on lines of its own."""
     lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
     return "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
 

@@ -20,7 +20,7 @@ from minicpgd.outcome import outcome
 from minicpgd.stats import collapsed, mean, share, window_means
 from minicpgd.studies import FOUR, QUICK, STUDIES, anatomy_study, drift_study, fair_study, map_study
 from minicpgd.study import Part, Study, _finish, run_study
-from minicpgd.summary import borne_rate, display_name, map_summary
+from minicpgd.summary import anatomy_summary, borne_rate, display_name, drift_summary, fair_summary, map_summary
 from minicpgd.trainer import Listener
 from minicpgd.warning import Rule, Trace, fall_step, first_alarm, fit, judge, warning_study
 
@@ -358,3 +358,40 @@ def test_the_summary_of_a_map_by_hand(tmp_path):
     assert (cpgd["fell at K = 64, lr 1e-2"], grpo["fell at K = 64, lr 1e-2"]) == ("1 of 2", "2 of 2")
     assert cpgd["learning rate borne at K = 64"].startswith("3.2e-3 [1.0e-3, 1.0e-2]")
     assert grpo["CPGD bears, times that"].startswith("10.0 [")
+
+
+def test_the_summary_of_a_drift_study_by_hand(tmp_path):
+    rows = [
+        {"drift_coef": coef, "seed": seed, "accuracy_final": final, "drift_coef_mean": 2.5}
+        for coef, finals in {"0.0": (0.1, 0.3), "3.0": (0.8, 0.9), "30.0": (0.9, 0.5), "auto": (0.6, 0.8)}.items()
+        for seed, final in enumerate(finals)
+    ]
+    table = pd.DataFrame(rows).assign(num_generations=4, advantage_weight="std", learning_rate=1e-4)
+    table.assign(advantage_max_mean=1.5, advantage_min_mean=-2.0).to_csv(tmp_path / "study.csv")
+    (row,) = drift_summary(tmp_path).to_dict("records")
+    assert row["advantages"] == "G = 4, std, lr 1e-4"
+    assert (row["largest of A"], row["largest of −A"], row["α of auto, mean"]) == ("1.50", "2.00", "2.50")
+    assert (row["best α of the grid"], row["accuracy there"]) == ("3", "0.85 [0.80, 0.90]")
+    assert (row["accuracy at α = 0"], row["accuracy of auto"]) == ("0.20 [0.10, 0.30]", "0.70 [0.60, 0.80]")
+
+
+def test_the_summaries_of_a_fair_race_and_of_an_anatomy_by_hand(tmp_path):
+    """Differences are taken seed by seed, and the search has no part in the report."""
+    report = {"cpgd": (0.9, 0.7), "grpo": (0.8, 0.6)}
+    rows = [
+        {"part": "report", "algorithm": name, "seed": seed, "accuracy_final": final, "reward_last": final / 2}
+        for name, finals in report.items()
+        for seed, final in enumerate(finals)
+    ]
+    rows += [{"part": "search", "algorithm": "grpo", "seed": 9, "accuracy_final": 0.0, "reward_last": 0.0}]
+    table = pd.DataFrame(rows).assign(learning_rate=3e-5, epsilon=0.1, beta=0.0, collapsed=False, accuracy_best=1.0)
+    table.loc[3, "collapsed"] = True
+    table.to_csv(tmp_path / "study.csv")
+    cpgd, grpo = fair_summary(tmp_path).to_dict("records")
+    assert (cpgd["final accuracy"], cpgd["minus CPGD's"]) == ("0.80 [0.70, 0.90]", "")
+    assert (grpo["minus CPGD's"], grpo["reward minus CPGD's"]) == ("-0.10 [-0.10, -0.10]", "-0.05 [-0.05, -0.05]")
+    assert (grpo["learning rate"], grpo["ε"], grpo["collapsed"]) == ("3e-05", "0.1", "1 of 2")
+    table.assign(beta=[0.0, 0.0, 0.4, 0.4, 0.4]).query("part == 'report'").to_csv(tmp_path / "study.csv")
+    first, second = anatomy_summary(tmp_path).to_dict("records")
+    assert (first["variant"], second["variant"]) == ("CPGD", "GRPO, β = 0.4")
+    assert (second["collapsed"], second["share"]) == ("1 of 2", "50 % [9, 91]")
