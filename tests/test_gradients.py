@@ -1,6 +1,7 @@
 """The gradient of every row of the table: by hand, by finite differences, and against exact expectations."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -293,3 +294,19 @@ def test_mean_cpgd_gradient_is_the_exact_one():
     loss = loss_of("cpgd", logp, old_logp, torch.tensor(A)[actions], torch.ones(10, 1)).loss
     ours = -torch.autograd.grad(loss, parameters)[0]
     assert ours.tolist() == pytest.approx(exact, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("plain", "drifting"),
+    [
+        ("cpg", "cpgd"),
+        ("pg", "pgd"),
+        ("grpo", "grpo_drift"),
+        ("rloo", "rloo_drift"),
+        ("reinforce_pp", "reinforce_pp_drift"),
+    ],
+)
+def test_given_the_drift_nothing_else_changes(plain, drifting):
+    """So a difference between the two is the drift's."""
+    same = replace(ALGORITHMS[plain], name=drifting, drift=True, shows=ALGORITHMS[drifting].shows)
+    assert same == ALGORITHMS[drifting]
