@@ -296,16 +296,10 @@ def test_mean_cpgd_gradient_is_the_exact_one():
     assert ours.tolist() == pytest.approx(exact, abs=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("plain", "drifting"),
-    [
-        ("cpg", "cpgd"),
-        ("pg", "pgd"),
-        ("grpo", "grpo_drift"),
-        ("rloo", "rloo_drift"),
-        ("reinforce_pp", "reinforce_pp_drift"),
-    ],
-)
+TWINS = {"cpg": "cpgd", "pg": "pgd", "grpo": "grpo_drift", "rloo": "rloo_drift", "reinforce_pp": "reinforce_pp_drift"}
+
+
+@pytest.mark.parametrize(("plain", "drifting"), TWINS.items())
 def test_given_the_drift_nothing_else_changes(plain, drifting):
     """So a difference between the two is the drift's."""
     same = replace(ALGORITHMS[plain], name=drifting, drift=True, shows=ALGORITHMS[drifting].shows)
