@@ -195,9 +195,11 @@ def warning_summary(folder: Path) -> pd.DataFrame:
     table = table.iloc[(table["false_share"] - table["announced_share"]).argsort(kind="stable")]
     return pd.DataFrame(
         {
-            "rule": f"{row.signal} {row.fires} {row.threshold:.3g}",
+            "metric": row.signal,
+            "alarm": f"{row.fires} {row.threshold:.3g}",
             "collapses announced": percent(Estimate(row.announced_share, row.announced_low, row.announced_high)),
             "false alarms": percent(Estimate(row.false_share, row.false_low, row.false_high)),
+            "alarms in healthy runs": percent(Estimate(row.healthy_share, row.healthy_low, row.healthy_high)),
             "steps before the fall, median": f"{row.lead_median:g}",
         }
         for row in table.itertuples()

@@ -7,7 +7,8 @@ All of this was written down before it was tried on any run:
   whose reward, and its mean with the next two, are below 80 % of the best mean of three so far, or of the start's.
 - A rule: the metric is above (or below) a threshold. It *announces* a collapse if it fires at a step before the fall:
   what the updates of step t did to a metric shows before the reward of step t + 1 does. It is a *false alarm* if it
-  fires anywhere in a run that did not collapse.
+  fires anywhere in a run that did not collapse. (Some of those end badly all the same, so they are counted among the
+  healthy alone, too. This was added after the first look.)
 - Side and threshold are fitted on the runs with even seeds (largest share announced minus share of false alarms), and
   judged on those with odd seeds.
 """
@@ -40,10 +41,11 @@ class Rule(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A run as a rule sees it: metrics by step (S,), whether it collapsed, and the step of its fall, NaN if none."""
+    """A run as a rule sees it: its metrics, (S,) each, with `step`; what became of it; the step of its fall or NaN."""
 
-    steps: pd.DataFrame
+    metrics: dict[str, np.ndarray]
     collapsed: bool
+    healthy: bool
     fall: float
 
 
@@ -62,15 +64,15 @@ def fall_step(reward: np.ndarray) -> float:
     return np.nan
 
 
-def first_alarm(rule: Rule, steps: pd.DataFrame) -> float:
+def first_alarm(rule: Rule, metrics: dict[str, np.ndarray]) -> float:
     """The step at which a rule first fires; NaN if it never does."""
-    fires = rule.side * steps[rule.signal].to_numpy() > rule.side * rule.threshold
-    return float(steps["step"].to_numpy()[fires.argmax()]) if fires.any() else np.nan
+    fires = rule.side * metrics[rule.signal] > rule.side * rule.threshold
+    return float(metrics["step"][fires.argmax()]) if fires.any() else np.nan
 
 
 def judge(rule: Rule, traces: list[Trace]) -> dict[str, Any]:
-    """Counts over some runs: announced of collapsed, false alarms of the rest; and the leads, in steps."""
-    alarms = [(trace, first_alarm(rule, trace.steps)) for trace in traces]
+    """Counts over some runs: announced of collapsed, false alarms of the rest, of the healthy alone; and the leads."""
+    alarms = [(trace, first_alarm(rule, trace.metrics)) for trace in traces]
     leads = [trace.fall - at for trace, at in alarms if trace.collapsed and trace.fall - at >= 1]
     fallen = sum(trace.collapsed for trace in traces)
     return {
@@ -78,17 +80,19 @@ def judge(rule: Rule, traces: list[Trace]) -> dict[str, Any]:
         "collapsed": fallen,
         "false_alarms": sum(not trace.collapsed and not np.isnan(at) for trace, at in alarms),
         "not_collapsed": len(traces) - fallen,
+        "healthy_alarms": sum(trace.healthy and not np.isnan(at) for trace, at in alarms),
+        "healthy": sum(trace.healthy for trace in traces),
         "lead_median": float(np.median(leads)) if leads else np.nan,
     }
 
 
 def fit(signal: str, traces: list[Trace]) -> Rule:
     """The side and threshold with the largest share announced minus share of false alarms; ties go to the first."""
-    values = np.concatenate([trace.steps[signal].dropna() for trace in traces])
+    values = np.concatenate([trace.metrics[signal] for trace in traces])
     candidates = [
         Rule(signal, side, float(f"{threshold:.3g}"))
         for side in (1, -1)
-        for threshold in np.unique(np.quantile(values, np.linspace(0.005, 0.995, 100)))
+        for threshold in np.unique(np.nanquantile(values, np.linspace(0.005, 0.995, 100)))
     ]
 
     def gain(rule: Rule) -> float:
@@ -109,9 +113,9 @@ def load_traces(there: list[Path]) -> tuple[list[Trace], list[Trace]]:
     steps["clip_frac"] = steps["clip_frac_pos"] + steps["clip_frac_neg"]
     halves: tuple[list[Trace], list[Trace]] = ([], [])
     for run, rows in steps.groupby("run", sort=True):
-        of = outcomes.loc[run]
-        trace = Trace(rows[rows["step"] > 0], bool(of["collapsed"]), fall_step(rows["reward"].to_numpy()))
-        halves[int(of["seed"]) % 2].append(trace)
+        of, fall = outcomes.loc[run], fall_step(rows["reward"].to_numpy())
+        metrics = {name: rows[name].to_numpy()[1:] for name in ("step", *SIGNALS)}  # line 0 is before training
+        halves[int(of["seed"]) % 2].append(Trace(metrics, bool(of["collapsed"]), bool(of["healthy"]), fall))
     return halves
 
 
@@ -145,10 +149,12 @@ def warning_study(studies: Path, folder: Path, *, quick: bool = False) -> Path:
         found = judge(rule, odd)
         announced = share(found["announced"], found["collapsed"])
         in_vain = share(found["false_alarms"], found["not_collapsed"])
+        in_health = share(found["healthy_alarms"], found["healthy"])
         rows.append(
             {"signal": signal, "fires": "above" if rule.side > 0 else "below", "threshold": rule.threshold, **found}
             | {"announced_share": announced.value, "announced_low": announced.low, "announced_high": announced.high}
             | {"false_share": in_vain.value, "false_low": in_vain.low, "false_high": in_vain.high}
+            | {"healthy_share": in_health.value, "healthy_low": in_health.low, "healthy_high": in_health.high}
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "study.csv", pd.DataFrame(rows))

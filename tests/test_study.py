@@ -272,20 +272,22 @@ def test_fall_step_by_hand():
     assert fall_step(np.array([0.5, 0.2, 0.2, 0.2])) == 1
 
 
-def trace(signal, falls):
-    steps = pd.DataFrame({"step": range(1, 11), "kl_old": signal})
-    return Trace(steps, falls is not None, math.nan if falls is None else falls)
+def trace(signal, falls, healthy=False):
+    metrics = {"step": np.arange(1, 11), "kl_old": np.array(signal, dtype=float)}
+    return Trace(metrics, falls is not None, healthy, math.nan if falls is None else falls)
 
 
 def test_a_rule_is_judged_by_hand():
     early = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]  # first alarm at step 4
     never = [0] * 10
     rule = Rule("kl_old", 1, 0.5)
-    assert first_alarm(rule, trace(early, None).steps) == 4
-    assert math.isnan(first_alarm(rule, trace(never, None).steps))
-    runs = [trace(early, 6), trace(early, 5), trace(early, 4), trace(never, 5), trace(early, None), trace(never, None)]
+    assert first_alarm(rule, trace(early, None).metrics) == 4
+    assert math.isnan(first_alarm(rule, trace(never, None).metrics))
+    runs = [trace(early, 6), trace(early, 5), trace(early, 4), trace(never, 5), trace(never, None)]
+    runs += [trace(early, None), trace(early, None, healthy=True), trace(never, None, healthy=True)]
     assert judge(rule, runs) == {
-        "announced": 2, "collapsed": 4, "false_alarms": 1, "not_collapsed": 2, "lead_median": 1.5,
+        "announced": 2, "collapsed": 4, "false_alarms": 2, "not_collapsed": 4, "healthy_alarms": 1, "healthy": 2,
+        "lead_median": 1.5,
     }  # fmt: skip
     found = fit("kl_old", [trace(early, 6), trace(never, None)])
     assert judge(found, [trace(early, 6), trace(never, None)])["announced"] == 1

@@ -164,31 +164,27 @@ def fair_search(folder: Path) -> Figure:
 
 @styled
 def warning_signals(folder: Path) -> Figure:
-    """For each metric: the share of collapses it announces, and the share of other runs in which it cries wolf."""
+    """For each metric: the share of collapses it announces, and of other runs in which it cries wolf."""
     table = pd.read_csv(folder / "study.csv")
     table = table.iloc[(table["announced_share"] - table["false_share"]).argsort()].reset_index(drop=True)
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
     axis = figure.subplots()
     kinds = (
-        ("announced", "collapses announced", COLOURS[0], "o", 0.13),
-        ("false", "false alarms", COLOURS[1], "X", -0.13),
+        ("announced", "collapses announced", COLOURS[0], "o"),
+        ("false", "alarms in runs that did not collapse", COLOURS[1], "X"),
+        ("healthy", "alarms in healthy runs", COLOURS[4], "s"),
     )
-    for y, row in table.iterrows():
-        for kind, _, colour, marker, shift in kinds:
-            interval(
-                axis,
-                float(y) + shift,
-                Estimate(*(row[f"{kind}_{part}"] for part in ("share", "low", "high"))),
-                colour,
-                marker,
-            )  # type: ignore[arg-type]
-        axis.text(1.03, float(y), f"{row['lead_median']:.0f}", va="center")  # type: ignore[arg-type]
+    for y, row in enumerate(table.to_dict("records")):
+        for shift, (kind, _, colour, marker) in zip((0.22, 0, -0.22), kinds, strict=True):
+            estimate = Estimate(row[f"{kind}_share"], row[f"{kind}_low"], row[f"{kind}_high"])
+            interval(axis, y + shift, estimate, colour, marker)
+        axis.text(1.03, y, f"{row['lead_median']:g}", va="center")
     axis.text(1.03, len(table) - 0.35, "steps before\nthe fall\n(median)", va="bottom", size=9)
-    for _, label, colour, marker, _ in kinds:
+    for _, label, colour, marker in kinds:
         axis.plot([], [], marker, color=colour, label=label, markersize=8)
     names = [f"{row['signal']} {row['fires']} {row['threshold']:.3g}" for _, row in table.iterrows()]
     axis.set_yticks(range(len(table)), names)
     axis.set(xlim=(-0.02, 1.02), xlabel="share of the runs that the rule was not fitted on")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    figure.legend(loc="outside upper left", ncols=2)
+    figure.legend(loc="outside upper left", ncols=3)
     return figure
