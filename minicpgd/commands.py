@@ -218,6 +218,8 @@ def study(
                 on_wait=lambda part, work, done, asked: bars.update(part, work * 100, f"{done} of {asked} runs"),
             )
     table = SUMMARIES[name](made)
+    if len(table) < len(table.columns):  # so that it fits a terminal
+        table = table.set_index(table.columns[0]).T.reset_index(names="")
     shown = Table(*table.columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for row in table.itertuples(index=False):
         shown.add_row(*row)

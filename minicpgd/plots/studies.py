@@ -34,7 +34,7 @@ def drift_coefs(folder: Path) -> Figure:
     for i, ((generations, weight, rate), rows) in enumerate(shapes):
         auto, grid = rows[rows["drift_coef"] == "auto"], rows[rows["drift_coef"] != "auto"]
         grid = grid.assign(alpha=grid["drift_coef"].astype(float))
-        label = f"G = {generations}, {weight}, lr {rate:g}"
+        label = f"G = {generations}, {weight}, lr {rate:.0e}".replace("e-0", "e-")
         for axis, (metric, title, unit) in zip(axes, panels, strict=True):
             scale = advantage_size(rows) if "units" in title else 1.0
             shown = grid.assign(**{metric: grid[metric].fillna(22)}) if metric == "steps_to_90" else grid
