@@ -107,7 +107,7 @@ def map_summary(folder: Path) -> pd.DataFrame:
             {
                 "algorithm": display_name(str(algorithm)),
                 "healthy share of the map": percent(healthy_share(runs)),
-                "CPGD's is larger by": "" if algorithm == "cpgd" else percent(lead),
+                "CPGD's is larger by": "" if algorithm == "cpgd" else percent(lead).replace("%", "points"),
                 f"learning rate borne at K = {largest}": geometric(borne_rate(hardest), ".1e"),
                 "CPGD bears, times that": ""
                 if algorithm == "cpgd"

@@ -355,7 +355,7 @@ def test_the_summary_of_a_map_by_hand(tmp_path):
     cpgd, grpo = map_summary(tmp_path).to_dict("records")
     assert cpgd["healthy share of the map"] == "75 % [50, 100]"
     assert grpo["healthy share of the map"] == "25 % [0, 50]"
-    assert grpo["CPGD's is larger by"] == "50 % [0, 100]"
+    assert grpo["CPGD's is larger by"] == "50 points [0, 100]"
     assert cpgd["collapsed at K = 64"].startswith("25 % [5, 70]")  # Wilson, 1 of 4
     assert (cpgd["fell at K = 64, lr 1e-2"], grpo["fell at K = 64, lr 1e-2"]) == ("1 of 2", "2 of 2")
     assert cpgd["learning rate borne at K = 64"].startswith("3.2e-3 [1.0e-3, 1.0e-2]")

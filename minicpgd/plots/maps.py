@@ -108,6 +108,7 @@ def map_curves(folder: Path) -> Figure:
                 axis.plot(by_seed.mean(axis=1), color=colour, linestyle=dashes, label=label)
             if metric == "kl_old":
                 axis.set_yscale("log")
+                axis.set_ylim(bottom=1e-4)  # a rollout without any advantage moves nothing
             elif metric == "reward":
                 axis.set_ylim(0, 1)
             if len(lines) > 1 and i == 0:
