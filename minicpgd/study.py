@@ -1,11 +1,11 @@
 r"""Many runs: one question, a grid of settings, several seeds, and a table of what came of it.
 
-In: a `Study` (`studies.py` has the five). Out: its folder, with
+In: a `Study` (`studies.py` has four). Out: its folder, with
 
     study.csv       a row per run: its settings, whether it collapsed, accuracy before, best and after
     steps.csv.gz    the metrics of every step of every run
     passes.csv.gz   ratios, KL and clipped shares of every pass over some rollouts
-    made.json       the command, versions, and the minutes it took
+    made.json       the command, the versions, and the core-minutes it took
 
 A run lies in a pool of runs, under a name made from what was asked of it: two studies that ask the same share it, and
 none is made twice. Kill a study when you like; the same command goes on where it was.
