@@ -220,7 +220,9 @@ def study(
     table = SUMMARIES[name](made)
     if len(table) < len(table.columns):  # so that it fits a terminal
         table = table.set_index(table.columns[0]).T.reset_index(names="")
-    shown = Table(*table.columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for i, column in enumerate(table.columns):
+        shown.add_column(column, overflow="fold", min_width=None if i else 17)
     for row in table.itertuples(index=False):
         shown.add_row(*row)
     console.print("", shown, "", sep="\n")

@@ -104,6 +104,7 @@ def run_study(
             stops being a number has not failed: it diverged, which is an outcome.
     """
     table = pd.DataFrame()
+    pool.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(study.parts):
         rows = study.runs(part, table, pool)
         configs = list(rows.pop("config"))

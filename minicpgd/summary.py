@@ -57,7 +57,7 @@ def borne_rate(rows: pd.DataFrame) -> pd.Series:
 
     That is read along one row of the map, one K, and interpolated on the logarithm of the rate.
 
-    Where it never does, or has at the smallest rate, it is the largest or smallest on the map.
+    Where it never does, or has at the smallest rate, it is the largest or smallest on the map: a bound.
     """
     borne = {}
     for seed, line in rows.sort_values("learning_rate").groupby("seed"):
@@ -99,8 +99,11 @@ def map_summary(folder: Path) -> pd.DataFrame:
     for algorithm, runs in table.groupby("algorithm", sort=False):
         lead = mean(by_seed["cpgd"] - by_seed[algorithm])
         hardest = runs[runs["updates_per_rollout"] == largest]
+        borne = borne_rate(hardest)
+        bound = "≤ " if (borne < 1.001 * hardest["learning_rate"].min()).any() else ""
         fell = {
-            f"fell at K = {largest}, lr {rate:.0e}".replace("e-0", "e-"): f"{cell['collapsed'].sum()} of {len(cell)}"
+            f"fell at K = {largest}, lr {rate:.0e}".replace("e-0", "e-"): f"{cell['collapsed'].sum()} of {len(cell)}, "
+            + percent(share(cell["collapsed"].sum(), len(cell)))
             for rate, cell in hardest.groupby("learning_rate")
         }
         rows.append(
@@ -108,12 +111,12 @@ def map_summary(folder: Path) -> pd.DataFrame:
                 "algorithm": display_name(str(algorithm)),
                 "healthy share of the map": percent(healthy_share(runs)),
                 "CPGD's is larger by": "" if algorithm == "cpgd" else percent(lead).replace("%", "points"),
-                f"learning rate borne at K = {largest}": geometric(borne_rate(hardest), ".1e"),
+                f"learning rate borne at K = {largest}": bound + geometric(borne, ".1e"),
                 "CPGD bears, times that": ""
                 if algorithm == "cpgd"
-                else geometric(of_cpgd / borne_rate(hardest), ".1f"),
+                else bound.replace("≤", "≥") + geometric(of_cpgd / borne, ".1f"),
                 "not collapsed": percent(mean(1 - runs.groupby("seed")["collapsed"].mean())),
-                f"collapsed at K = {largest}": percent(share(hardest["collapsed"].sum(), len(hardest))),
+                f"collapsed at K = {largest}": f"{hardest['collapsed'].sum()} of {len(hardest)}",
             }
             | fell
         )
@@ -198,6 +201,8 @@ def warning_summary(folder: Path) -> pd.DataFrame:
             "metric": row.signal,
             "alarm": f"{row.fires} {row.threshold:.3g}",
             "collapses announced": percent(Estimate(row.announced_share, row.announced_low, row.announced_high)),
+            "without drift": percent(Estimate(row.free_share, row.free_low, row.free_high)),
+            "with drift": percent(Estimate(row.held_share, row.held_low, row.held_high)),
             "false alarms": percent(Estimate(row.false_share, row.false_low, row.false_high)),
             "alarms in healthy runs": percent(Estimate(row.healthy_share, row.healthy_low, row.healthy_high)),
             "steps before the fall, median": f"{row.lead_median:g}",

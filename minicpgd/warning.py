@@ -8,7 +8,8 @@ All of this was written down before it was tried on any run:
 - A rule: the metric is above (or below) a threshold. It *announces* a collapse if it fires at a step before the fall:
   what the updates of step t did to a metric shows before the reward of step t + 1 does. It is a *false alarm* if it
   fires anywhere in a run that did not collapse. (Some of those end badly all the same, so they are counted among the
-  healthy alone, too. This was added after the first look.)
+  healthy alone, too, and collapses are counted apart with the drift, "held", and without, "free". Both were added after
+  the first look.)
 - Side and threshold are fitted on the runs with even seeds (largest share announced minus share of false alarms), and
   judged on those with odd seeds.
 """
@@ -20,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from minicpgd.algorithms import ALGORITHMS
 from minicpgd.errors import UserError
-from minicpgd.stats import share
+from minicpgd.stats import Estimate, share
 from minicpgd.study import versions, write_table
 
 SOURCES = ("map", "drift", "anatomy", "fair")
@@ -47,6 +49,7 @@ class Trace(NamedTuple):
     collapsed: bool
     healthy: bool
     fall: float
+    drift: bool  # whether its algorithm has one
 
 
 def fall_step(reward: np.ndarray) -> float:
@@ -115,7 +118,8 @@ def load_traces(there: list[Path]) -> tuple[list[Trace], list[Trace]]:
     for run, rows in steps.groupby("run", sort=True):
         of, fall = outcomes.loc[run], fall_step(rows["reward"].to_numpy())
         metrics = {name: rows[name].to_numpy()[1:] for name in ("step", *SIGNALS)}  # line 0 is before training
-        halves[int(of["seed"]) % 2].append(Trace(metrics, bool(of["collapsed"]), bool(of["healthy"]), fall))
+        drift = ALGORITHMS[of["algorithm"]].drift and of["drift_coef_mean"] > 0
+        halves[int(of["seed"]) % 2].append(Trace(metrics, bool(of["collapsed"]), bool(of["healthy"]), fall, drift))
     return halves
 
 
@@ -147,14 +151,15 @@ def warning_study(studies: Path, folder: Path, *, quick: bool = False) -> Path:
     for signal in SIGNALS:
         rule = fit(signal, even)
         found = judge(rule, odd)
-        announced = share(found["announced"], found["collapsed"])
-        in_vain = share(found["false_alarms"], found["not_collapsed"])
-        in_health = share(found["healthy_alarms"], found["healthy"])
+        held = judge(rule, [trace for trace in odd if trace.drift])
+        free = judge(rule, [trace for trace in odd if not trace.drift])
         rows.append(
             {"signal": signal, "fires": "above" if rule.side > 0 else "below", "threshold": rule.threshold, **found}
-            | {"announced_share": announced.value, "announced_low": announced.low, "announced_high": announced.high}
-            | {"false_share": in_vain.value, "false_low": in_vain.low, "false_high": in_vain.high}
-            | {"healthy_share": in_health.value, "healthy_low": in_health.low, "healthy_high": in_health.high}
+            | _columns("announced", found["announced"], found["collapsed"])
+            | _columns("free", free["announced"], free["collapsed"])
+            | _columns("held", held["announced"], held["collapsed"])
+            | _columns("false", found["false_alarms"], found["not_collapsed"])
+            | _columns("healthy", found["healthy_alarms"], found["healthy"])
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "study.csv", pd.DataFrame(rows))
@@ -165,3 +170,9 @@ def warning_study(studies: Path, folder: Path, *, quick: bool = False) -> Path:
     made |= {"fitted_on": len(even), "judged_on": len(odd), "versions": versions()}
     (folder / "made.json").write_text(json.dumps(made, indent=2) + "\n")
     return folder
+
+
+def _columns(name: str, k: int, n: int) -> dict[str, float]:
+    """A share and its interval; NaN where there is nothing to take a share of."""
+    estimate = share(k, n) if n else Estimate(np.nan, np.nan, np.nan)
+    return {f"{name}_share": estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -56,7 +56,7 @@ def map_frontiers(folder: Path) -> Figure:
     ks = np.unique(table["updates_per_rollout"])
     figure = Figure(figsize=(10, 6.8), layout="constrained")
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(5, 6)))
-    top = above.subplots(1, len(ks), sharey=True)
+    top = above.subplots(1, len(ks), sharey=True, squeeze=False)[0]
     frontier, whole = below.subplots(1, 2)
     for i, (name, rows) in enumerate(table.groupby("algorithm", sort=False)):
         label = display_name(str(name))

@@ -26,7 +26,7 @@ def drift_coefs(folder: Path) -> Figure:
         ("accuracy_final", "Where it ends", ACCURACY),
         ("accuracy_final", "The same, in units of the advantages", ACCURACY),
         ("kl_last", "How far it moves", KL),
-        ("steps_to_90", "How fast it learns", "steps to an accuracy of 0.9"),
+        ("steps_to_90", "How fast it learns", "steps to an accuracy of 0.9 (median)"),
     )
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = list(figure.subplots(2, 2).flat)
@@ -37,23 +37,28 @@ def drift_coefs(folder: Path) -> Figure:
         label = f"G = {generations}, {weight}, lr {rate:.0e}".replace("e-0", "e-")
         for axis, (metric, title, unit) in zip(axes, panels, strict=True):
             scale = advantage_size(rows) if "units" in title else 1.0
-            shown = grid.assign(**{metric: grid[metric].fillna(22)}) if metric == "steps_to_90" else grid
-            by = {alpha / scale: mean(values) for alpha, values in shown.groupby("alpha")[metric]}
+            by = {alpha / scale: _middle(metric, values) for alpha, values in grid.groupby("alpha")[metric]}
             band(axis, i, by, label)
-            value = auto[metric].fillna(22).mean() if metric == "steps_to_90" else auto[metric].mean()
+            value = _middle(metric, auto[metric]).value
             mark = {"marker": look(i).marker, "markersize": 12, "markerfacecolor": "white", "markeredgewidth": 2}
             axis.plot(auto["drift_coef_mean"].mean() / scale, value, color=COLOURS[i], **mark)  # type: ignore[arg-type]
             axis.set(title=title, ylabel=unit)
             axis.set_xscale("symlog", linthresh=0.3, linscale=0.5)
             axis.xaxis.set_minor_locator(NullLocator())
             axis.set_xticks([0, 0.3, 1, 3, 10, 30], ["0", "0.3", "1", "3", "10", "30"])
-            axis.set_xlabel(r"$\alpha$ / largest $|A|$ of a rollout" if "units" in title else r"$\alpha$, `drift_coef`")
+            axis.set_xlabel(r"$\alpha$ / largest $|A|$ of a rollout" if "units" in title else r"$\alpha$, drift_coef")
     axes[0].set_ylim(0, 1.03)
     axes[1].set_ylim(0, 1.03)
     axes[2].set_yscale("log")
     axes[3].set_yticks([0, 5, 10, 15, 20, 22], ["0", "5", "10", "15", "20", "never"])
+    axes[0].plot([], [], "o", color="black", markersize=12, markerfacecolor="white", label="large and open: auto")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, handlelength=3.2)
     return figure
+
+
+def _middle(metric: str, values: pd.Series) -> Estimate:
+    """A mean with its interval; of a number of steps, which may be "never", the median alone."""
+    return Estimate(*[values.fillna(22).median()] * 3) if metric == "steps_to_90" else mean(values)
 
 
 @styled
@@ -167,15 +172,16 @@ def warning_signals(folder: Path) -> Figure:
     """For each metric: the share of collapses it announces, and of other runs in which it cries wolf."""
     table = pd.read_csv(folder / "study.csv")
     table = table.iloc[(table["announced_share"] - table["false_share"]).argsort()].reset_index(drop=True)
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
     axis = figure.subplots()
     kinds = (
-        ("announced", "collapses announced", COLOURS[0], "o"),
-        ("false", "alarms in runs that did not collapse", COLOURS[1], "X"),
-        ("healthy", "alarms in healthy runs", COLOURS[4], "s"),
+        ("free", "collapses announced, no drift", COLOURS[2], "^"),
+        ("held", "with the drift", COLOURS[0], "D"),
+        ("false", "alarms in runs without collapse", COLOURS[1], "X"),
+        ("healthy", "in healthy runs", COLOURS[4], "s"),
     )
     for y, row in enumerate(table.to_dict("records")):
-        for shift, (kind, _, colour, marker) in zip((0.22, 0, -0.22), kinds, strict=True):
+        for shift, (kind, _, colour, marker) in zip((0.27, 0.09, -0.09, -0.27), kinds, strict=True):
             estimate = Estimate(row[f"{kind}_share"], row[f"{kind}_low"], row[f"{kind}_high"])
             interval(axis, y + shift, estimate, colour, marker)
         axis.text(1.03, y, f"{row['lead_median']:g}", va="center")
@@ -186,5 +192,5 @@ def warning_signals(folder: Path) -> Figure:
     axis.set_yticks(range(len(table)), names)
     axis.set(xlim=(-0.02, 1.02), xlabel="share of the runs that the rule was not fitted on")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    figure.legend(loc="outside upper left", ncols=3)
+    figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2)
     return figure
