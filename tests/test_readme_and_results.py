@@ -15,7 +15,7 @@ from minicpgd.demo import demo_configs
 from minicpgd.figures import save_published
 from minicpgd.outcome import outcome
 from minicpgd.studies import STUDIES
-from minicpgd.summary import SUMMARIES, display_name
+from minicpgd.summary import SUMMARIES, borne_rate, display_name
 from minicpgd.warning import warning_study
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +54,31 @@ def test_the_numbers_of_the_results_page_are_those_of_the_tables():
     assert not re.findall(r"\d \[[-\d., ]+\]", results.MARKED.sub("", page))
     for study in SUMMARIES:
         assert f"<!--{study}-->" in page
+
+
+def test_what_the_results_page_says_in_words():
+    """Sentences without a marked number that lean on one all the same."""
+    tables = {name: pd.read_csv(ROOT / "results" / name / "study.csv") for name in STUDIES}
+    world, hard = tables["map"], tables["map"].query("updates_per_rollout == 64")
+    gentle = world.query("updates_per_rollout == 4 and learning_rate <= 1e-4")
+    ends = gentle.groupby(["algorithm", "learning_rate"])["accuracy_final"].mean().round(2)
+    assert (ends.min(), ends.max()) == (0.96, 1.0)
+    smallest = hard.query("algorithm == 'reinforce_pp' and learning_rate == 3e-5")
+    assert (smallest["accuracy_final"] < 0.5).sum() == 4
+    cpgd = world[world["algorithm"] == "cpgd"]
+    borne = {k: np.exp(np.log(borne_rate(rows)).mean()) for k, rows in cpgd.groupby("updates_per_rollout")}
+    assert borne[4] > 2 * borne[64]
+    cell = hard[hard["learning_rate"] == 1e-4]
+    steps = pd.read_csv(ROOT / "results" / "map" / "steps.csv.gz").merge(cell[["run", "algorithm"]], on="run")
+    kl = steps.pivot_table(index="step", columns="algorithm", values="kl_old")
+    assert 3 < (kl["grpo"] / kl["cpgd"])[1] < 15
+    assert (kl["grpo"] / kl["cpgd"])[11:].mean() > 20
+    best = steps.pivot_table(index="step", columns="algorithm", values="reward").idxmax()
+    assert max(best["grpo"], best["rloo"]) < best["cpgd"]
+    drift = tables["drift"].query("drift_coef == '30.0' and learning_rate == 1e-4")
+    assert drift["collapsed"].mean() > 0.5
+    assert not tables["fair"].query("part == 'report'")["collapsed"].any()
+    assert not tables["anatomy"].query("beta > 0")["collapsed"].any()
 
 
 def test_the_committed_studies_are_those_of_the_specifications():
