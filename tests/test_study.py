@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +32,8 @@ from pathlib import Path
 from tests.test_study import tiny
 from minicpgd.study import run_study
 if __name__ == "__main__":
-    run_study(tiny(), Path(sys.argv[1]) / "tiny", Path(sys.argv[1]) / "runs", on_wait=lambda *_: None, jobs=2)
+    folder, study = Path(sys.argv[1]), tiny(max_steps=int(sys.argv[2]))
+    run_study(study, folder / "tiny", folder / "runs", on_wait=lambda *_: None, jobs=2)
 """
 ROOT = Path(__file__).parent.parent
 FILES = ("study.csv", "steps.csv.gz", "passes.csv.gz")
@@ -50,6 +53,27 @@ def silent(*_):
     pass
 
 
+def test_a_killed_study_leaves_nobody_behind(tmp_path):
+    """Its workers, in the middle of runs that would take minutes, are gone with it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), "5000"], cwd=ROOT, start_new_session=True
+    )  # fmt: skip
+    while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2:
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)  # asks only whether anybody is there
+            time.sleep(0.1)
+    except ProcessLookupError:
+        return
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("ten seconds after the study was killed, its workers go on")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A finished study in STUDIES/tiny, its runs in STUDIES/runs, and what it said while it was at it."""
@@ -62,7 +86,7 @@ def test_a_killed_study_goes_on_and_makes_nothing_twice(undisturbed, tmp_path):
     """Killed three times at random moments; the tables are those of an undisturbed one, byte for byte."""
     rng, folder, seen = random.Random(time.time_ns()), tmp_path / "killed", {}
     for attempt in itertools.count():
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), "10"], cwd=ROOT)
         if attempt < 3:
             runs_before = len(list(folder.glob("runs/*/metrics.jsonl")))
             while len(list(folder.glob("runs/*/metrics.jsonl"))) <= runs_before and process.poll() is None:
