@@ -24,7 +24,7 @@ from minicpgd.figures import save_figures, save_published, save_study_figures
 from minicpgd.outcome import outcome
 from minicpgd.policy import load_policy
 from minicpgd.progress import Bars, console
-from minicpgd.runlog import load_timings, read_lines
+from minicpgd.runlog import read_lines, run_seconds
 from minicpgd.stats import WINDOW
 from minicpgd.studies import QUICK, STUDIES
 from minicpgd.study import run_all, run_study
@@ -70,7 +70,6 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
     for name in ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "max ratio", "sec."):
         table.add_column(name, justify="left" if name == "algorithm" else "right", no_wrap=True)
     for config, result in zip(configs, map(outcome, folders), strict=True):
-        timings = load_timings(config.folder)
         table.add_row(
             display_name(config.algorithm),
             *(f"{share:.2f}" for share in (result.accuracy_before, result.accuracy_best, result.accuracy_final)),
@@ -78,7 +77,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
             "[red]yes[/]" if result.collapsed else "[green]no[/]",
             f"{result.kl_largest:.2g}",
             f"{result.ratio_largest:.3g}",
-            f"{(timings['rollout_seconds'] + timings['update_seconds']).sum():.0f}",
+            f"{run_seconds(config.folder):.0f}",
         )
     console.print(table)
     console.print(

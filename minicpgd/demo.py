@@ -9,8 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from minicpgd.config import TrainConfig
-
-ALGORITHMS = ("cpgd", "grpo", "rloo", "reinforce_pp")
+from minicpgd.studies import FOUR
 
 
 def free_folder(folder: Path) -> Path:
@@ -35,5 +34,5 @@ def demo_configs(folder: Path, seed: int = 0) -> list[TrainConfig]:
             eval_steps=2,
             logging_steps=1,
         )
-        for algorithm in ALGORITHMS
+        for algorithm in FOUR
     ]

@@ -64,6 +64,12 @@ def load_timings(path: str | Path) -> dict[str, np.ndarray]:
     return _columns(read_lines(Path(path) / "timings.jsonl"))
 
 
+def run_seconds(path: str | Path) -> float:
+    """Seconds that a run spent in rollouts and updates."""
+    timings = load_timings(path)
+    return float((timings["rollout_seconds"] + timings["update_seconds"]).sum()) if timings else 0.0
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none where the file does not exist.
 

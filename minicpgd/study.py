@@ -36,7 +36,7 @@ from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import NonFiniteError, UserError
 from minicpgd.outcome import DIVERGED, outcome
 from minicpgd.policy import quiet
-from minicpgd.runlog import load_timings, read_lines
+from minicpgd.runlog import read_lines, run_seconds
 from minicpgd.trainer import train
 
 Settings = dict[str, Any]
@@ -212,14 +212,12 @@ def versions() -> dict[str, str]:
 
 
 def _provenance(study: Study, runs: Sequence[Path]) -> dict[str, Any]:
-    timings = [load_timings(run) for run in runs]
-    seconds = sum(float((t["rollout_seconds"] + t["update_seconds"]).sum()) for t in timings if t)
     return {
         "asks": study.asks,
         "command": study.command,
         "base": dict(study.base),
         "runs": len(runs),
-        "core_minutes": round(seconds / 60, 1),
+        "core_minutes": round(sum(map(run_seconds, runs)) / 60, 1),
         "versions": versions(),
         "machine": f"{platform.machine()}, one thread per run",
     }

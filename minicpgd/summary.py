@@ -84,6 +84,16 @@ def advantage_size(rows: pd.DataFrame) -> float:
     return float(rows[["advantage_max_mean"]].assign(low=-rows["advantage_min_mean"]).max(axis=1).mean())
 
 
+def rate_name(rate: float) -> str:
+    """As in 3e-5."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+def shape_name(generations: int, weight: str, rate: float) -> str:
+    """As in G = 4, std, lr 1e-4."""
+    return f"G = {generations}, {weight}, lr {rate_name(rate)}"
+
+
 def arm_name(algorithm: str, beta: float) -> str:
     """As in GRPO, β = 0.04."""
     return display_name(algorithm) + (f", β = {beta:g}" if beta else "")
@@ -102,7 +112,7 @@ def map_summary(folder: Path) -> pd.DataFrame:
         borne = borne_rate(hardest)
         bound = "≤ " if (borne < 1.001 * hardest["learning_rate"].min()).any() else ""
         fell = {
-            f"fell at K = {largest}, lr {rate:.0e}".replace("e-0", "e-"): f"{cell['collapsed'].sum()} of {len(cell)}, "
+            f"fell at K = {largest}, lr {rate_name(rate)}": f"{cell['collapsed'].sum()} of {len(cell)}, "
             + percent(share(cell["collapsed"].sum(), len(cell)))
             for rate, cell in hardest.groupby("learning_rate")
         }
@@ -135,7 +145,7 @@ def drift_summary(folder: Path) -> pd.DataFrame:
         best = max(by_coef, key=lambda coef: by_coef[coef].value)
         rows.append(
             {
-                "advantages": f"G = {generations}, {weight}, lr {rate:.0e}".replace("e-0", "e-"),
+                "advantages": shape_name(generations, weight, rate),
                 "largest of A": f"{runs['advantage_max_mean'].mean():.2f}",
                 "largest of −A": f"{-runs['advantage_min_mean'].mean():.2f}",
                 "accuracy at α = 0": number(by_coef[0.0]),

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, band, styled
 from minicpgd.stats import Estimate, mean
-from minicpgd.summary import borne_rate, display_name, healthy_share, percent
+from minicpgd.summary import borne_rate, display_name, healthy_share, percent, rate_name
 
 
 @styled
@@ -38,7 +38,7 @@ def map_heat(folder: Path) -> Figure:
                 axis.text(x, y - 0.26, f"{n} fell", ha="center", va="center", color=ink, size=8.5)
         healthy = healthy_share(rows)
         axis.set_title(f"{display_name(algorithm)}\nhealthy {percent(healthy)}", size=10.5)
-        axis.set_xticks(range(accuracy.shape[1]), [f"{rate:.0e}".replace("e-0", "e-") for rate in accuracy.columns])
+        axis.set_xticks(range(accuracy.shape[1]), map(rate_name, accuracy.columns))
         axis.set_yticks(range(accuracy.shape[0]), accuracy.index)
         axis.grid(False)
         axis.spines[:].set_visible(False)

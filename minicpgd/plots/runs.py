@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from minicpgd.algorithms import ALGORITHMS
-from minicpgd.plots.style import COLOURS, DASHES, ribbon_legend, styled
+from minicpgd.plots.style import COLOURS, DASHES, ribbon_legend, ribbons, styled
 from minicpgd.runlog import Run, load_run
 from minicpgd.summary import display_name
 
@@ -55,13 +55,11 @@ def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
     axes = figure.subplots(1, len(loaded), sharey=True, sharex=True, squeeze=False)[0]
     for axis, (config, metrics, _), colour in zip(axes, loaded, COLOURS, strict=False):
         step, floor = metrics["step"], 1e-6
-        low, p01, p99, high = (np.maximum(metrics[f"ratio_{name}"], floor) for name in ("min", "p01", "p99", "max"))
-        axis.fill_between(step, low, high, color=colour, alpha=0.22, linewidth=0)
-        axis.fill_between(step, p01, p99, color=colour, alpha=0.75, linewidth=0)
+        ratios = [np.maximum(metrics[f"ratio_{name}"], floor) for name in ("min", "p01", "p99", "max")]
         row = ALGORITHMS[config.algorithm]
-        bounds = row.clip_bounds(config.epsilon, config.epsilon_high)
-        for bound in bounds if "clip" in row.surrogate.__name__ else ():
-            axis.axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
+        clips = "clip" in row.surrogate.__name__
+        bounds = row.clip_bounds(config.epsilon, config.epsilon_high) if clips else ()
+        ribbons(axis, step, ratios, colour, bounds)
         axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step")
         axis.set_yscale("log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from minicpgd.algorithms import ALGORITHMS
-from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, look, ribbon_legend, styled
+from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, look, ribbon_legend, ribbons, styled
 from minicpgd.stats import Estimate, mean, share
-from minicpgd.summary import advantage_size, arm_name, display_name
+from minicpgd.summary import advantage_size, arm_name, display_name, shape_name
 
 
 @styled
@@ -34,7 +34,7 @@ def drift_coefs(folder: Path) -> Figure:
     for i, ((generations, weight, rate), rows) in enumerate(shapes):
         auto, grid = rows[rows["drift_coef"] == "auto"], rows[rows["drift_coef"] != "auto"]
         grid = grid.assign(alpha=grid["drift_coef"].astype(float))
-        label = f"G = {generations}, {weight}, lr {rate:.0e}".replace("e-0", "e-")
+        label = shape_name(generations, weight, rate)
         for axis, (metric, title, unit) in zip(axes, panels, strict=True):
             scale = advantage_size(rows) if "units" in title else 1.0
             by = {alpha / scale: _middle(metric, values) for alpha, values in grid.groupby("alpha")[metric]}
@@ -102,10 +102,7 @@ def anatomy_passes(folder: Path, *, step: int = 1) -> Figure:
         rows = passes[passes["algorithm"] == algorithm]
         by_pass = rows.groupby("pass")
         low, p01, p99, high = (by_pass[f"ratio_{q}"].median() for q in ("min", "p01", "p99", "max"))
-        column[0].fill_between(low.index, low, high, color=colour, alpha=0.22, linewidth=0)
-        column[0].fill_between(p01.index, p01, p99, color=colour, alpha=0.75, linewidth=0)
-        for bound in (0.8, 1.2):
-            column[0].axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
+        ribbons(column[0], low.index, (low, p01, p99, high), colour, bounds=(0.8, 1.2))
         column[0].set(yscale="log", title=display_name(algorithm))
         by_run = rows.pivot_table(index="pass", columns="run", values="kl_old")
         column[1].plot(by_run, color=colour, linewidth=0.7, alpha=0.45)

@@ -5,7 +5,7 @@ marker too, for whoever prints in grey.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec
 
 import matplotlib
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from numpy.typing import ArrayLike
 
 from minicpgd.stats import Estimate
 
@@ -77,6 +78,19 @@ def interval(axis: Axes, y: float, estimate: Estimate, colour: str, marker: str)
     """One estimate: a marker, and a bar for its interval."""
     axis.plot([estimate.low, estimate.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
     axis.plot(estimate.value, y, marker, color=colour, markersize=7, markeredgecolor="white")
+
+
+def ribbons(axis: Axes, x: ArrayLike, ratios: Sequence[ArrayLike], colour: str, bounds: Sequence[float]) -> None:
+    """The spread of ratios over x: from smallest to largest, from 1 % to 99 %, and the clip bounds.
+
+    Args:
+        ratios: smallest, 1 %, 99 %, largest.
+    """
+    low, p01, p99, high = ratios
+    axis.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
+    axis.fill_between(x, p01, p99, color=colour, alpha=0.75, linewidth=0)
+    for bound in bounds:
+        axis.axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
 
 
 def ribbon_legend() -> list[Artist]:
