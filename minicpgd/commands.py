@@ -29,7 +29,7 @@ from minicpgd.stats import WINDOW
 from minicpgd.studies import QUICK, STUDIES
 from minicpgd.study import run_all, run_study
 from minicpgd.summary import SUMMARIES, display_name
-from minicpgd.tasks import get_task
+from minicpgd.tasks import task_of
 from minicpgd.trainer import Listener
 from minicpgd.trainer import train as train_
 from minicpgd.warning import warning_study
@@ -169,7 +169,7 @@ def sample(
         seed: chooses problems and samples.
     """
     policy, config = open_policy(run_or_model)
-    task = get_task(config.task)
+    task = task_of(config)
     rollout, right = respond(
         policy,
         task,
@@ -182,7 +182,7 @@ def sample(
     for problem, text, ok in zip(task.held_out(num_problems, seed), rollout.completions, right[:, 0], strict=True):
         mark, colour = ("right", "green") if ok else ("wrong", "red")
         console.print(f"[{colour}]{mark}[/]  {escape(problem['prompt'])}[{colour}]{escape(text)}[/]")
-    console.print(f"{int(right.sum())} of {num_problems} right")
+    console.print(f"{int(right.sum())} of {len(right)} right")
 
 
 def study(

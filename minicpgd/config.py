@@ -17,6 +17,9 @@ from minicpgd.advantages import WEIGHTS
 from minicpgd.algorithms import AGGREGATIONS, ALGORITHMS, LEVELS
 from minicpgd.errors import ConfigError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("auto", "adamw", "paged_adamw_8bit")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -26,10 +29,33 @@ class TrainConfig:
     """cpgd, grpo, rloo, reinforce_pp, or another row of the table in README.md."""
     model: str = "embedded"
     """The embedded model, a local folder, or a name on the model hub."""
+    load_in_4bit: bool = False
+    """QLoRA: keep the model's frozen weights in 4-bit (NF4, double quantisation). Needs lora_r and the extra qlora."""
+    lora_r: int = 0
+    """Rank of the LoRA adapter that is trained in place of the weights, 16 say. 0: no adapter, all weights are."""
+    lora_alpha: int = 32
+    """The adapter's output is scaled by lora_alpha / lora_r."""
+    lora_target_modules: str = "all-linear"
+    """Which layers get an adapter: all-linear, or names with commas between them, as q_proj,v_proj."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16, of the frozen weights and the arithmetic. auto: float32 without an adapter or a GPU,
+    else what the card has. What is trained is float32 always."""
+    attn_implementation: str = "auto"
+    """How transformers computes attention: sdpa, flash_attention_2, eager. auto: sdpa where the model has it."""
+    optim: str = "auto"
+    """adamw or paged_adamw_8bit. auto: the second with an adapter on a GPU, else the first."""
+
     task: str = "chain_arithmetic"
-    """Where problems come from: a name in `minicpgd.tasks.TASKS`."""
+    """Where problems come from: chain_arithmetic, gsm8k, or jsonl, which is any file with `prompt` and `answer`."""
+    data: str | None = None
+    """A local file (.jsonl, .parquet), or a folder with train and test files. None: gsm8k comes from the hub."""
+    instruction: str | None = None
+    """Added below each problem. None: the task's own."""
+    chat_template: bool = True
+    """Put prompts into the tokenizer's chat template, if it has one. Not for base models."""
     reward: str | None = None
-    """Your own reward function as module:function, with TRL's signature. None: the task's own."""
+    """What a response is worth: exact, math, format, your own module:function with TRL's signature, or a sum by weight,
+    as 'math + 0.2*format'. None: the task's own."""
     output_dir: str = "runs/{algorithm}-seed{seed}"
     """The run's folder, which must not exist yet; {algorithm} and {seed} are filled in."""
     seed: int = 0
@@ -60,6 +86,8 @@ class TrainConfig:
     """Gradients are scaled down to this norm."""
     micro_batch_size: int | None = None
     """Responses per forward pass, to save memory. None: a whole minibatch. Gradients are the same."""
+    micro_batch_tokens: int | None = None
+    """Tokens per forward pass, padding and prompts included; responses are sorted by length first. None: no limit."""
 
     epsilon: float = 0.2
     """Ratios are clipped below at 1 - epsilon."""
@@ -85,7 +113,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations instead of keeping them: less memory, more time."""
     chunk_size: int | None = None
-    """Tokens whose logits exist at once. None: all. Small saves memory where the vocabulary is large."""
+    """Tokens whose logits exist at once. None: as many as make 64 MiB, which for a small vocabulary is all."""
 
     eval_steps: int = 10
     """Greedy accuracy on the held-out set every this many steps, and before the first and after the last."""
@@ -134,6 +162,8 @@ class TrainConfig:
             "advantage_weight": WEIGHTS,
             "aggregation": AGGREGATIONS,
             "importance_level": LEVELS,
+            "dtype": DTYPES,
+            "optim": OPTIMIZERS,
         }
         for name, known in choices.items():
             value = getattr(self, name)
@@ -146,14 +176,14 @@ class TrainConfig:
     def _check_numbers(self) -> None:
         at_least_one = (
             "max_steps num_prompts num_generations max_completion_length num_minibatches num_iterations "
-            "micro_batch_size chunk_size eval_steps eval_problems save_steps logging_steps"
+            "micro_batch_size micro_batch_tokens chunk_size lora_alpha eval_steps eval_problems save_steps logging_steps"
         )
         rules = [(name, lambda v: v >= 1, "at least 1") for name in at_least_one.split()]
         rules += [
             (name, lambda v: v > 0, "more than 0")
             for name in ("temperature", "learning_rate", "max_grad_norm", "epsilon_high", "drift_clip")
         ]
-        rules += [(name, lambda v: v >= 0, "at least 0") for name in ("seed", "top_k", "beta", "drift_coef")]
+        rules += [(name, lambda v: v >= 0, "at least 0") for name in ("seed", "top_k", "beta", "drift_coef", "lora_r")]
         rules += [
             ("epsilon", lambda v: 0 < v < 1, "between 0 and 1, both excluded: ratios are clipped at 1 - epsilon"),
             ("top_p", lambda v: 0 < v <= 1, "more than 0 and at most 1"),
@@ -175,6 +205,8 @@ class TrainConfig:
                 f"num_minibatches = {self.num_minibatches}: does not divide num_prompts * num_generations = "
                 f"{self.num_responses}"
             )
+        if self.load_in_4bit and not self.lora_r:
+            raise ConfigError("lora_r = 0: 4-bit weights cannot be trained, an adapter on them can; 16 is usual")
         if self.drift_coef != "auto" and not algorithm.drift:
             raise ConfigError(
                 f"drift_coef = {self.drift_coef}: {self.algorithm} has no drift; those with one are "

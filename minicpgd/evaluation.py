@@ -18,7 +18,7 @@ from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import UserError
 from minicpgd.policy import Policy, load_policy
 from minicpgd.rollout import Rollout, generate
-from minicpgd.tasks import Task, get_task
+from minicpgd.tasks import Task, get_task, task_of
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -57,7 +57,8 @@ def evaluate(
         policy = run_or_model
     else:
         policy, config = open_policy(run_or_model)
-    chosen, length = get_task(task or config.task), max_completion_length or config.max_completion_length
+    chosen = task_of(config) if task in (None, config.task) else get_task(task)
+    length = max_completion_length or config.max_completion_length
     greedy = respond(policy, chosen, num_problems, max_completion_length=length, seed=seed)
     sampled = respond(
         policy, chosen, num_problems, num_samples, max_completion_length=length, temperature=temperature, seed=seed
@@ -65,7 +66,7 @@ def evaluate(
     correct = sampled[1].sum(dim=1).tolist()
     result = {"accuracy": greedy[1].double().mean().item(), "sampled_accuracy": sampled[1].double().mean().item()}
     for k in [2**i for i in range(num_samples.bit_length())]:
-        result[f"pass@{k}"] = sum(pass_at_k(num_samples, c, k) for c in correct) / num_problems
+        result[f"pass@{k}"] = sum(pass_at_k(num_samples, c, k) for c in correct) / len(correct)
     return result | {"completion_length": greedy[0].lengths.double().mean().item()}
 
 
@@ -96,7 +97,8 @@ def respond(
     """Answer held-out problems: greedily, or with `num_samples` samples each.
 
     Returns:
-        The rollout, and a bool tensor (num_problems, max(1, num_samples)): which responses are right.
+        The rollout, and a bool tensor (problems, max(1, num_samples)): which responses are right. There are fewer
+        problems than asked for where the task has no more.
     """
     problems = task.held_out(num_problems, seed)
     group = max(1, num_samples)
@@ -109,4 +111,4 @@ def respond(
         generator=torch.Generator(policy.device).manual_seed(seed) if num_samples else None,
     )
     right = [task.is_correct(problems[i // group], text) for i, text in enumerate(rollout.completions)]
-    return rollout, torch.tensor(right).view(num_problems, group)
+    return rollout, torch.tensor(right).view(-1, group)

@@ -33,7 +33,7 @@ from minicpgd.logprobs import token_logprobs
 from minicpgd.policy import Policy, load_policy
 from minicpgd.rewards import RewardFunction, call_reward, load_reward
 from minicpgd.rollout import Rollout, generate
-from minicpgd.tasks import Task, get_task
+from minicpgd.tasks import Task, task_of
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Learner:
     @classmethod
     def from_config(cls, config: TrainConfig) -> "Learner":
         """Load what the config names."""
-        task = get_task(config.task)
+        task = task_of(config)
         policy = load_policy(
             config.model,
             with_reference=config.beta > 0,

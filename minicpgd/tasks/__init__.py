@@ -5,8 +5,10 @@ with `prompt` and whatever columns the reward needs.
 """
 
 import random
+from collections.abc import Callable
 from typing import Protocol
 
+from minicpgd.config import TrainConfig
 from minicpgd.errors import ConfigError
 from minicpgd.rewards import RewardFunction
 from minicpgd.tasks.chain_arithmetic import ChainArithmetic
@@ -30,15 +32,24 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, type[Task]] = {"chain_arithmetic": ChainArithmetic}
+TASKS: dict[str, Callable[[str | None, str | None], Task]] = {"chain_arithmetic": ChainArithmetic}
 
 
-def get_task(name: str) -> Task:
+def task_of(config: TrainConfig) -> Task:
+    """The task that a config names, with its data."""
+    return get_task(config.task, data=config.data, instruction=config.instruction)
+
+
+def get_task(name: str, *, data: str | None = None, instruction: str | None = None) -> Task:
     """The task of this name.
+
+    Args:
+        data: a local file or folder, for the tasks that take one.
+        instruction: added below each problem, in place of the task's own.
 
     Raises:
         ConfigError: there is none; the line names those there are.
     """
     if name not in TASKS:
         raise ConfigError(f"task = {name!r}: there is no such task; choose from {', '.join(TASKS)}")
-    return TASKS[name]()
+    return TASKS[name](data, instruction)

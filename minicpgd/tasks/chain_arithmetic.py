@@ -15,6 +15,7 @@ import operator
 import random
 import zlib
 
+from minicpgd.errors import ConfigError
 from minicpgd.rewards import exact_answer, final_answer
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -54,6 +55,11 @@ class ChainArithmetic:
     """The task of this module; see `minicpgd.tasks.Task` for what each member promises."""
 
     reward = staticmethod(exact_answer)
+
+    def __init__(self, data: str | None = None, instruction: str | None = None):
+        for name, value in (("data", data), ("instruction", instruction)):
+            if value is not None:
+                raise ConfigError(f"{name} = {value!r}: chain_arithmetic makes its own problems; leave it out")
 
     def sample(self, num_problems: int, rng: random.Random) -> list[dict[str, str]]:
         """Training problems: never one that is held out."""
