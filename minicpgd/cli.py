@@ -18,21 +18,28 @@ from minicpgd import commands
 from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import UserError
 from minicpgd.policy import quiet
+from minicpgd.recipes import load_recipe
 
 
 def parse(argv: list[str]) -> Callable[[], None]:
     """Let tyro read the command line; what it has to object to becomes one line."""
-    stored = TrainConfig()
-    if argv[:1] == ["train"] and "--resume" in argv[:-1]:  # what is not given then comes from the run itself
-        folder = Path(argv[argv.index("--resume") + 1])
-        if not (folder / "config.json").is_file():
-            raise UserError(f"cannot resume {folder}: there is no config.json in it")
-        stored = load_config(folder / "config.json")
+    stored, resumed, recipe = TrainConfig(), _value(argv, "--resume"), _value(argv, "--recipe")
+    if resumed and recipe:
+        raise UserError("--resume and --recipe: a run that goes on has its settings already; leave the recipe out")
+    if resumed:  # what is not given then comes from the run itself
+        if not (Path(resumed) / "config.json").is_file():
+            raise UserError(f"cannot resume {resumed}: there is no config.json in it")
+        stored = load_config(Path(resumed) / "config.json")
+    elif recipe:
+        stored = load_recipe(recipe).config
 
     def train_command(
-        config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = stored, resume: Path | None = None
+        config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = stored,
+        resume: Path | None = None,
+        recipe: str | None = None,
+        dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
     ) -> None:
-        commands.train(config, resume)
+        commands.train(config, resume, recipe, dry_run)
 
     train_command.__doc__ = commands.train.__doc__
     known: dict[str, Callable[..., None]] = {"demo": commands.demo, "train": train_command}
@@ -53,6 +60,15 @@ def parse(argv: list[str]) -> Callable[[], None]:
             command = argv[0] if argv and argv[0] in known else ""
             raise UserError(f"{words} (see minicpgd {command} --help)".replace("  ", " ")) from None
         raise
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """What follows a flag of `train`, if it is there: from it the defaults of all others come."""
+    for word, following in zip(argv[1:], [*argv[2:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if argv[0] == "train" and name == flag:
+            return value if equals else following
+    return None
 
 
 def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
