@@ -75,7 +75,7 @@ class _Judge:
             env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy goes through sets
             start_new_session=True,  # Ctrl-C is for the run, which then finishes its step
         )
-        trouble = _say(process, "null")
+        trouble = _say(process, str(SECONDS))
         if trouble != "ready":
             process.kill()
             process.wait()
@@ -99,7 +99,7 @@ _judge = _Judge()
 def _serve() -> None:
     """Answer "yes" or "no" to each line [reference, answer] from standard input, until it ends."""
     replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
-    sys.stdin.readline()
+    seconds = float(sys.stdin.readline())
     try:
         from math_verify import LatexExtractionConfig, parse, verify
         from sympy.core.random import seed
@@ -122,7 +122,7 @@ def _serve() -> None:
     verdict("1/2", r"\frac{1}{2}")  # what the first question loads is not taken off its time
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # nobody handles its signal: it ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody handles its signal: it ends the process
         print(verdict(*json.loads(line)), file=replies, flush=True)
         signal.setitimer(signal.ITIMER_PROF, 0)
 

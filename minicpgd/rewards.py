@@ -87,6 +87,11 @@ def is_solution(completion: str, answer: str) -> bool:
         raise ConfigError(f"mathematical answers need math-verify: pip install 'minicpgd[math]' ({error})") from error
 
 
+def need_math_verify() -> None:
+    """Find out now, and not after the first rollout, whether `is_solution` can work. Raises ConfigError."""
+    is_solution("#1.0", "1")
+
+
 def exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
     """1.0 where the final answer is the reference, to the letter, but for what `plain` takes away; else 0.0."""
     stated = [stated_answer(completion) for completion in completions]
@@ -159,7 +164,7 @@ def _weight(weight: str, text: str) -> float:
 def _find(name: str, text: str) -> RewardFunction:
     if name in REWARDS:
         if name == "math":
-            is_solution("#1", "1.0")  # without the library, fail now and not after the first rollout
+            need_math_verify()
         return REWARDS[name]
     module_name, colon, function_name = name.partition(":")
     if not colon:

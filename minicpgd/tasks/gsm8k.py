@@ -6,6 +6,8 @@ Their 7,473 training problems are trained on, their 1,319 test problems held out
 
 from typing import Any
 
+from huggingface_hub.utils import are_progress_bars_disabled
+
 from minicpgd.errors import UserError
 from minicpgd.rewards import plain, reference_answer
 from minicpgd.tasks.files import checked
@@ -46,12 +48,14 @@ def _from_hub() -> tuple[Rows, Rows]:
         import datasets
     except ImportError as error:
         raise UserError(f"gsm8k from the hub needs datasets: pip install 'minicpgd[data]'; or, {elsewhere}") from error
+    if are_progress_bars_disabled():  # then a program draws its own
+        datasets.disable_progress_bars()
     try:
         splits: Any = datasets.load_dataset(HUB_NAME, "main")
     except Exception as error:  # no network, no disk, no cache: each has a class of its own, of five libraries
         raise UserError(f"{HUB_NAME} cannot be had from the hub ({type(error).__name__}): {elsewhere}") from error
     train, test = (
-        checked(((f"{HUB_NAME}, {split} {i}", row) for i, row in enumerate(splits[split])), HUB_NAME, *COLUMNS.values())
+        checked(((f"{HUB_NAME}, {split} {i}", row) for i, row in enumerate(splits[split])), HUB_NAME, **COLUMNS)
         for split in ("train", "test")
     )
     return without(train, test, HUB_NAME), test

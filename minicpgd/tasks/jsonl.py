@@ -9,7 +9,7 @@ import random
 from typing import Any
 
 from minicpgd.errors import ConfigError, UserError
-from minicpgd.rewards import is_solution, mathematical
+from minicpgd.rewards import is_solution, mathematical, need_math_verify
 from minicpgd.tasks.chain_arithmetic import is_held_out
 from minicpgd.tasks.files import find_files, read_files
 
@@ -22,7 +22,7 @@ class Jsonl:
     Everything is read when it is made.
 
     Raises:
-        UserError: no data, or data that cannot be used; the line names file, line and field.
+        UserError: no data, or data that cannot be used (the line names file, line and field), or no math-verify.
     """
 
     reward = staticmethod(mathematical)
@@ -31,6 +31,7 @@ class Jsonl:
     def __init__(self, data: str | None = None, instruction: str | None = None):
         instruction = self.instruction if instruction is None else instruction
         self._train, self._held_out = self._load(data)
+        need_math_verify()
         if instruction:
             for row in self._train + self._held_out:
                 row["prompt"] = f"{row['prompt']}\n\n{instruction}"
