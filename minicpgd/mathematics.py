@@ -40,7 +40,7 @@ def same_value(reference: str, answer: str) -> bool:
     Raises:
         UnavailableError: the library is not there.
     """
-    if not (0 < len(reference) <= LONGEST and 0 < len(answer) <= LONGEST):
+    if max(len(reference), len(answer)) > LONGEST:
         return False
     return _judge.ask(reference, answer)
 
@@ -51,14 +51,13 @@ class _Judge:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._owner = 0
 
     def ask(self, reference: str, answer: str) -> bool:
         """Raises UnavailableError."""
         with self._lock:
-            # A process that was forked from ours must not talk to ours: it would read our answers.
-            if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
-                self._process, self._owner = self._start(), os.getpid()
+            # After a fork, poll() says 0 to the child, which so starts its own: it would read its parent's replies.
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
             reply = _say(self._process, json.dumps([reference, answer]))
             if not reply:
                 self._process.wait()

@@ -138,6 +138,8 @@ EQUAL = [  # reference, answer
     ("50%", r"50\%"),
     ("Paris", r"\text{Paris}"),
     ("4", "9-5"),
+    ("72", "72."),
+    ("Paris", "Paris."),
 ]
 DIFFERENT = [
     ("1/2", "2"),
@@ -199,6 +201,10 @@ def test_hostile_answers_are_wrong_and_soon_done_with(a_new_judge, monkeypatch):
         assert is_solution(f"#### {answer}", "72") is False, answer[:40]
         assert time.perf_counter() - started < 10, answer[:40]
         assert is_solution(rf"\boxed{{{n * 72}/{n}}}", "72")  # and the next one is none the worse
+    a_new_judge._process.kill()
+    a_new_judge._process.wait()
+    assert not is_solution(rf"\boxed{{{'1+' * 100}1}}", "101")  # more than LONGEST: nobody is asked
+    assert a_new_judge._process.poll() is not None
     for text in (r"\boxed{" * 200_000, "#" * 1_000_000, "}" * 1_000_000, "$" * 1_000_000, "1," * 500_000):
         started = time.perf_counter()
         assert stated_answer(text) in (None, "")
