@@ -5,6 +5,7 @@ a file does wrong is told in one line, with the file, the line and the field.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def _digits(answer: Any) -> Any:
     """A number as it is written: 3 and 3.0 are "3". Anything else, NaN too, as it is."""
     if type(answer) is float and answer.is_integer():
         answer = int(answer)
-    return repr(answer) if type(answer) is int or (type(answer) is float and answer - answer == 0) else answer
+    return repr(answer) if type(answer) is int or (type(answer) is float and math.isfinite(answer)) else answer
 
 
 def _text(value: Any, place: str, name: str) -> str:
