@@ -1,0 +1,1 @@
+"""Files that settings come from: known architectures, recipes."""
