@@ -3,7 +3,7 @@ r"""A rehearsal without memory: the real model runs on tensors that have a shape
 How many bytes does the backward pass keep? Formulas for it fill pages and age with every release of every library.
 Autograd knows. So the model's own code, LoRA and gradient checkpointing included, runs here on torch's fake tensors,
 which are as large as one likes and cost nothing, while the bytes of all that is alive are added up. Layers are alike:
-one layer and two tell what any number of them need.
+two and three of them tell what any number need.
 
 In: an architecture, settings, a batch's shape. Out: bytes.
 """
@@ -132,7 +132,7 @@ def _extrapolated(
     dtype: torch.dtype,
     run: Callable[[PreTrainedModel, Live], int],
 ) -> Bytes:
-    """What `run` needs with all layers: what the first needs, and for each further one what a second of its kind adds."""
+    """What `run` needs with all layers: what two need, and for each further one what a third of its kind adds."""
     kinds = Counter(getattr(model_config.get_text_config(), "layer_types", None) or [])
     kinds = kinds or Counter({"layer": model_config.get_text_config().num_hidden_layers})
     first = min(kinds)  # full_attention before sliding_attention: what a layer needs for itself is largest there
@@ -144,12 +144,12 @@ def _extrapolated(
             live = Live(model.train())
             return Bytes(run(model, live), live.peak)
 
-    alone = rehearse([first])
-    kept, peak = alone
+    two = rehearse([first, first])  # the first is unlike all others: what it reads is the embedding itself
+    kept, peak = two
     for kind, number in kinds.items():
-        both = rehearse([first, kind])
-        more = number - (kind == first)
-        kept, peak = kept + more * (both.kept - alone.kept), peak + more * (both.peak - alone.peak)
+        three = rehearse([first, first, kind])
+        more = number - 2 * (kind == first)
+        kept, peak = kept + more * (three.kept - two.kept), peak + more * (three.peak - two.peak)
     return Bytes(kept, peak)
 
 
