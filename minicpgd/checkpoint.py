@@ -1,7 +1,8 @@
 """Checkpoints: a killed run goes on as if nothing had happened.
 
-A checkpoint is one safetensors file, `step-000020.safetensors`: the weights, the optimizer's moments, and a header with
-what the loop needs to go on. There is no random state in it: every draw of a step is decided by (seed, step) alone.
+A checkpoint is one safetensors file, `step-000020.safetensors`: the weights that are trained (with LoRA, the adapter
+alone), the optimizer's moments, and a header with what the loop needs to go on. There is no random state in it: every
+draw of a step is decided by (seed, step) alone.
 
 It is written to a temporary file, forced to disk and renamed, so that a file with the final name is a whole one; its
 digest tells when the disk changed it later. Loading runs no code.
@@ -53,7 +54,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after `step`, and remove all but the two newest. Frozen parameters are left out."""
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    for i, moments in optimizer.state_dict()["state"].items():
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        moments = optimizer.state.get(parameter, {})
         tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     header = {"step": step, "extra": extra}
     header["digest"] = _digest(tensors, header)
@@ -86,11 +88,12 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(checkpoint.tensors[f"model.{name}"])
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in checkpoint.tensors.items():
         if key.startswith("optimizer."):
             _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value
+            is_int = value.dtype == torch.int64 and value.dim() == 0  # bitsandbytes counts its steps so
+            state.setdefault(int(i), {})[name] = value.item() if is_int else value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

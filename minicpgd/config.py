@@ -38,8 +38,8 @@ class TrainConfig:
     lora_target_modules: str = "all-linear"
     """Which layers get an adapter: all-linear, or names with commas between them, as q_proj,v_proj."""
     dtype: str = "auto"
-    """float32, bfloat16 or float16, of the frozen weights and the arithmetic. auto: float32 without an adapter or a GPU,
-    else what the card has. What is trained is float32 always."""
+    """float32, bfloat16 or float16, of frozen weights and arithmetic; what is trained is float32 always. auto: float32
+    without an adapter or a GPU, else what the card has."""
     attn_implementation: str = "auto"
     """How transformers computes attention: sdpa, flash_attention_2, eager. auto: sdpa where the model has it."""
     optim: str = "auto"
@@ -75,6 +75,8 @@ class TrainConfig:
     """Sample from the likeliest tokens that hold this probability. Below 1 sampling is off-policy."""
     top_k: int = 0
     """Sample from this many of the likeliest tokens. 0: from all. A cut makes sampling off-policy."""
+    rollout_batch_size: int | None = None
+    """Responses generated at once, also at evaluations, to save memory. None: all."""
 
     num_minibatches: int = 4
     """Parts a rollout is cut into; each makes one update per pass."""
@@ -136,6 +138,11 @@ class TrainConfig:
         return Path(self.output_dir.replace("{algorithm}", self.algorithm).replace("{seed}", str(self.seed)))
 
     @property
+    def trained_as(self) -> str:
+        """What the run's folder calls the result: `adapter`, or `model` where all weights are trained."""
+        return "adapter" if self.lora_r else "model"
+
+    @property
     def num_responses(self) -> int:
         """B = N * G, per rollout."""
         return self.num_prompts * self.num_generations
@@ -175,8 +182,9 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         at_least_one = (
-            "max_steps num_prompts num_generations max_completion_length num_minibatches num_iterations "
-            "micro_batch_size micro_batch_tokens chunk_size lora_alpha eval_steps eval_problems save_steps logging_steps"
+            "max_steps num_prompts num_generations max_completion_length num_minibatches num_iterations lora_alpha "
+            "rollout_batch_size micro_batch_size micro_batch_tokens chunk_size eval_steps eval_problems save_steps "
+            "logging_steps"
         )
         rules = [(name, lambda v: v >= 1, "at least 1") for name in at_least_one.split()]
         rules += [
@@ -207,6 +215,8 @@ class TrainConfig:
             )
         if self.load_in_4bit and not self.lora_r:
             raise ConfigError("lora_r = 0: 4-bit weights cannot be trained, an adapter on them can; 16 is usual")
+        if self.dtype not in ("auto", "float32") and not self.lora_r:
+            raise ConfigError(f"dtype = {self.dtype}: without an adapter (lora_r) the weights are trained, in float32")
         if self.drift_coef != "auto" and not algorithm.drift:
             raise ConfigError(
                 f"drift_coef = {self.drift_coef}: {self.algorithm} has no drift; those with one are "

@@ -16,7 +16,7 @@ import torch
 
 from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import UserError
-from minicpgd.policy import Policy, load_policy
+from minicpgd.policy import Policy, load_policy, policy_of
 from minicpgd.rollout import Rollout, generate
 from minicpgd.tasks import Task, get_task, task_of
 
@@ -58,10 +58,18 @@ def evaluate(
     else:
         policy, config = open_policy(run_or_model)
     chosen = task_of(config) if task in (None, config.task) else get_task(task)
+    batch_size = config.rollout_batch_size
     length = max_completion_length or config.max_completion_length
-    greedy = respond(policy, chosen, num_problems, max_completion_length=length, seed=seed)
+    greedy = respond(policy, chosen, num_problems, max_completion_length=length, seed=seed, batch_size=batch_size)
     sampled = respond(
-        policy, chosen, num_problems, num_samples, max_completion_length=length, temperature=temperature, seed=seed
+        policy,
+        chosen,
+        num_problems,
+        num_samples,
+        max_completion_length=length,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
     )
     correct = sampled[1].sum(dim=1).tolist()
     result = {"accuracy": greedy[1].double().mean().item(), "sampled_accuracy": sampled[1].double().mean().item()}
@@ -79,9 +87,12 @@ def open_policy(run_or_model: str | Path) -> tuple[Policy, TrainConfig]:
     folder = Path(run_or_model)
     if not ((folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()):
         return load_policy(str(run_or_model)), TrainConfig()
-    if not (folder / "model").is_dir():
+    config = load_config(folder / "config.json")
+    if not (folder / config.trained_as).is_dir():
         raise UserError(f"{folder}: has not finished; if it is not running, `minicpgd train --resume {folder}`")
-    return load_policy(str(folder / "model")), load_config(folder / "config.json")
+    if config.lora_r:
+        return policy_of(config, adapter=folder / config.trained_as), config
+    return load_policy(str(folder / config.trained_as), chat_template=config.chat_template), config
 
 
 def respond(
@@ -93,6 +104,7 @@ def respond(
     max_completion_length: int,
     temperature: float = 1.0,
     seed: int = 0,
+    batch_size: int | None = None,
 ) -> tuple[Rollout, torch.Tensor]:
     """Answer held-out problems: greedily, or with `num_samples` samples each.
 
@@ -109,6 +121,7 @@ def respond(
         max_completion_length=max_completion_length,
         temperature=temperature,
         generator=torch.Generator(policy.device).manual_seed(seed) if num_samples else None,
+        batch_size=batch_size,
     )
     right = [task.is_correct(problems[i // group], text) for i, text in enumerate(rollout.completions)]
     return rollout, torch.tensor(right).view(-1, group)

@@ -17,12 +17,13 @@ import random
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from minicpgd.algorithms import ALGORITHMS, Algorithm, LossOutput, auto_drift_coef, token_metrics
 from minicpgd.config import TrainConfig
@@ -30,7 +31,8 @@ from minicpgd.divergence import k3
 from minicpgd.errors import NonFiniteError
 from minicpgd.evaluation import respond
 from minicpgd.logprobs import token_logprobs
-from minicpgd.policy import Policy, load_policy
+from minicpgd.policy import Policy, policy_of
+from minicpgd.qlora import LOSS_SCALE, make_optimizer
 from minicpgd.rewards import RewardFunction, call_reward, load_reward
 from minicpgd.rollout import Rollout, generate
 from minicpgd.tasks import Task, task_of
@@ -52,21 +54,19 @@ class Learner:
     def from_config(cls, config: TrainConfig) -> "Learner":
         """Load what the config names."""
         task = task_of(config)
-        policy = load_policy(
-            config.model,
-            with_reference=config.beta > 0,
-            gradient_checkpointing=config.gradient_checkpointing,
-            disable_dropout=config.disable_dropout,
-        )
+        policy = policy_of(config)
         policy.model.train()
         trained = [p for p in policy.model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(
+            config.optim, trained, config.learning_rate, adapter=policy.peft is not None, device=policy.device
+        )
         return cls(
             config=config,
             algorithm=ALGORITHMS[config.algorithm],
             task=task,
             reward=load_reward(config.reward) if config.reward else task.reward,
             policy=policy,
-            optimizer=torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True),
+            optimizer=optimizer,
             drift_coef=1.0 if config.drift_coef == "auto" else config.drift_coef,
         )
 
@@ -134,7 +134,12 @@ class Learner:
             top_p=config.top_p,
             top_k=config.top_k,
             generator=draws.tokens,
+            batch_size=config.rollout_batch_size,
         )
+        if self.policy.model.dtype != torch.float32:
+            # sampled one token at a time, scored all at once: in half precision the two round differently, by a few
+            # per cent, and pi_old has to be the one that the updates compute
+            rollout = replace(rollout, logp=self._score(self.policy.model, rollout))
         return [problem for problem in problems for _ in range(config.num_generations)], rollout
 
     def advantages(self, rollout: Rollout, rewards: Tensor, ref_logp: Tensor | None) -> Tensor:
@@ -163,8 +168,10 @@ class Learner:
         config, model, parameters = self.config, self.policy.model, self.optimizer.param_groups[0]["params"]
         mask = rollout.mask & ~rollout.truncated[:, None] if config.mask_truncated_completions else rollout.mask
         weights = self.algorithm.token_weights(mask[rows], config.max_completion_length, config.aggregation)
-        size, outputs = config.micro_batch_size or len(rows), []
-        for part, part_weights in zip(rows.split(size), weights.split(size), strict=True):
+        scale = LOSS_SCALE if self.policy.model.dtype == torch.float16 else 1.0
+        outputs = []
+        for places in rollout.micro_batches(rows, config.micro_batch_size, config.micro_batch_tokens):
+            part, part_weights = rows[places], weights[places]
             ids, attention, t = rollout.inputs(part)
             logp, _ = token_logprobs(model, ids, attention, t, config.temperature, config.chunk_size)
             output = self.algorithm.loss(
@@ -181,8 +188,11 @@ class Learner:
                 importance_level=config.importance_level,
                 token_weights=part_weights[:, :t],
             )
-            output.loss.backward()
+            (scale * output.loss).backward()
             outputs.append(output)
+        if scale != 1:
+            for parameter in parameters:
+                parameter.grad /= scale
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
         if not np.isfinite(norm) or not all(output.loss.isfinite() for output in outputs):
             raise NonFiniteError(f"the loss is {sum(o.loss.item() for o in outputs)}, the gradient's norm {norm}")
@@ -210,25 +220,30 @@ class Learner:
             int(sampled),
             max_completion_length=self.config.max_completion_length,
             temperature=self.config.temperature,
+            batch_size=self.config.rollout_batch_size,
         )
 
     def _grouped(self, values: list[float] | Tensor) -> Tensor:
         """B values, one per response, to (N, G)."""
         return torch.as_tensor(values, device=self.policy.device).view(-1, self.config.num_generations)
 
-    @torch.no_grad()
     def _reference_logp(self, rollout: Rollout) -> Tensor | None:
-        """(B, T): what the reference policy thinks of the sampled tokens; None where there is no reference."""
-        if self.policy.reference is None:
+        """(B, T): what the reference policy thinks of the sampled tokens; None where nobody asks."""
+        if self.config.beta == 0:
             return None
-        ref_logp = torch.zeros_like(rollout.logp)
-        everyone = torch.arange(len(rollout.lengths), device=self.policy.device)
-        for part in everyone.split(self.config.micro_batch_size or len(everyone) // self.config.num_minibatches):
+        with self.policy.reference() as reference:
+            return self._score(reference, rollout)
+
+    @torch.no_grad()
+    def _score(self, model: PreTrainedModel, rollout: Rollout) -> Tensor:
+        """(B, T) log-probabilities of a rollout's tokens; 0 at padding."""
+        config, scored = self.config, torch.zeros_like(rollout.logp)
+        everyone = torch.arange(len(scored), device=self.policy.device)
+        size = config.micro_batch_size or len(scored) // config.num_minibatches
+        for part in rollout.micro_batches(everyone, size, config.micro_batch_tokens):
             ids, attention, t = rollout.inputs(part)
-            ref_logp[part, :t], _ = token_logprobs(
-                self.policy.reference, ids, attention, t, self.config.temperature, self.config.chunk_size
-            )
-        return ref_logp
+            scored[part, :t], _ = token_logprobs(model, ids, attention, t, config.temperature, config.chunk_size)
+        return scored * rollout.mask
 
 
 class StepLog(NamedTuple):

@@ -3,15 +3,17 @@ r"""Token log-probabilities: what did the policy think of the tokens that were s
 For each token $y_t$ of a completion, $\log \pi(y_t \mid x, y_{<t})$ and the entropy of the whole next-token
 distribution, at the temperature the tokens were sampled with.
 
-The logits are the largest tensor of all of training: B x T x V numbers, of which one per token is wanted. With
-`chunk_size`, they are computed for that many tokens at a time, reduced to two numbers each, forgotten, and computed
-again in the backward pass; then (B, T, V) never exists.
+The logits would be the largest tensor of all of training: B x T x V numbers, of which one per token is wanted. So they
+are computed for `chunk_size` tokens at a time, reduced to two numbers each, forgotten, and computed again in the
+backward pass; (B, T, V) never exists.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in float32, and a few times that while they are worked on
 
 
 def token_logprobs(
@@ -30,7 +32,7 @@ def token_logprobs(
         attention_mask: (B, P + T), 1 for real tokens.
         completion_length: T.
         temperature: the one that the tokens were sampled with; logits are divided by it.
-        chunk_size: tokens whose logits exist at once; None for all of them.
+        chunk_size: tokens whose logits exist at once; None for as many as make 64 MiB.
 
     Returns:
         (logp, entropy), each (B, T) in nats, always float32: in bfloat16 the on-policy ratio would wander from 1. The
@@ -44,7 +46,8 @@ def token_logprobs(
     ).last_hidden_state[:, -completion_length - 1 : -1]
     targets = input_ids[:, -completion_length:]
     head = _Head(model, temperature)
-    if chunk_size is None:
+    chunk_size = chunk_size or max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
+    if targets.numel() <= chunk_size:
         return head(hidden, targets)
     pieces = [
         checkpoint(head, h, y, use_reentrant=False)

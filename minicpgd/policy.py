@@ -1,22 +1,28 @@
 """The policy: a causal language model, its tokenizer, and how text gets in and out of them.
 
-`load_policy` takes the embedded model, a local folder or a hub name. Everything else in the package sees token ids.
+`load_policy` takes the embedded model, a local folder or a hub name, whole or in 4-bit with an adapter. Everything else
+in the package sees token ids.
 """
 
 import copy
+import logging as python_logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
+from minicpgd.qlora import add_adapter, choose_dtype, keep_as_loaded, load_adapter, nf4
 
 EMBEDDED = Path(str(files("minicpgd") / "embedded"))
 
@@ -26,20 +32,47 @@ def quiet() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
 
 
 @dataclass
 class Policy:
-    """A model and its tokenizer; `reference` is a frozen copy of the model as it was loaded, where one is needed."""
+    """A model and its tokenizer.
+
+    `copied` is a frozen copy of the model as it was loaded, where one is needed; `arithmetic` says in words which dtype
+    it computes in, and why.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    reference: PreTrainedModel | None = None
+    copied: PreTrainedModel | None = None
+    chat_template: bool = True
+    arithmetic: str = "float32"
 
     @property
     def device(self) -> torch.device:
         """Where the model's tensors are."""
         return self.model.device
+
+    @property
+    def peft(self) -> Any:
+        """The model as PEFT's, where an adapter is trained in place of the weights; else None."""
+        return self.model if hasattr(self.model, "peft_config") else None
+
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """The model that training started from: with its adapter switched off, which costs no memory, or a copy.
+
+        Raises:
+            ValueError: neither; it was loaded without.
+        """
+        if self.peft:
+            with self.peft.disable_adapter():
+                yield self.model
+        elif self.copied is not None:
+            yield self.copied
+        else:
+            raise ValueError("this policy was loaded without a reference")
 
     @property
     def eos_ids(self) -> Tensor:
@@ -54,12 +87,18 @@ class Policy:
         return int(self.eos_ids[0]) if pad is None else pad
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """N prompts to left-padded ids and mask, each (N, P)."""
-        rows = self.tokenizer(list(prompts), add_special_tokens=True)["input_ids"]
+        """N prompts to left-padded ids and mask, each (N, P); in the chat template, which brings its special tokens."""
+        templated = self.chat_template and bool(self.tokenizer.chat_template)
+        texts = [self._as_chat(prompt) for prompt in prompts] if templated else list(prompts)
+        rows = self.tokenizer(texts, add_special_tokens=not templated)["input_ids"]
         longest = max(map(len, rows))
         ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return ids, mask
+
+    def _as_chat(self, prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def decode(self, completion_ids: Tensor, lengths: Tensor) -> list[str]:
         """(B, T) ids and (B,) lengths to text, special tokens left out."""
@@ -67,9 +106,13 @@ class Policy:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that transformers, and `load_policy`, can load; it appears once all of it is there."""
+        """Write a folder that transformers, or PEFT where it is an adapter, can load; all of it appears at once."""
         making = folder.with_name(f".{folder.name}.tmp")
-        self.model.save_pretrained(making)
+        if self.peft:
+            self.model.save_pretrained(making, save_embedding_layers=False)  # else PEFT asks the hub about them
+            (making / "README.md").unlink(missing_ok=True)  # a form, left blank
+        else:
+            self.model.save_pretrained(making)
         self.tokenizer.save_pretrained(making)
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
@@ -81,19 +124,84 @@ def load_policy(
     with_reference: bool = False,
     gradient_checkpointing: bool = False,
     disable_dropout: bool = True,
+    load_in_4bit: bool = False,
+    lora_r: int = 0,
+    lora_alpha: int = 32,
+    lora_target_modules: str = "all-linear",
+    dtype: str = "auto",
+    attn_implementation: str = "auto",
+    chat_template: bool = True,
+    seed: int = 0,
+    adapter: str | Path | None = None,
 ) -> Policy:
-    """Load a policy for training, on the GPU where there is one, with float32 weights.
+    """Load a policy, on the GPU where there is one.
 
     Args:
         name: "embedded" (no download), a folder with config, weights and tokenizer, or a name on the model hub.
-        with_reference: keep a frozen copy, for `beta`.
+        with_reference: `beta` needs one: the model without its adapter, or, where there is none, a frozen copy.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         disable_dropout: without it, two passes over the same tokens differ, and so does the ratio from 1.
+        load_in_4bit, lora_r, lora_alpha, lora_target_modules, dtype: see `qlora.py`; what is trained is float32.
+        attn_implementation: "auto" for sdpa where the model has it, and where it computes the same as eager.
+        chat_template: put prompts into the tokenizer's, if it has one.
+        seed: decides the adapter's initial weights.
+        adapter: a folder with a saved adapter, to go on the model in place of a new one; for use, not for training.
 
     Raises:
-        UserError: the folder has no config or no weights, or the name is neither a folder nor to be had from the hub.
+        UserError: the folder has no config or no weights, the name is neither a folder nor to be had from the hub, or
+            an extra package is missing.
     """
     source = str(EMBEDDED) if name == "embedded" else name
+    _look_into(source, name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frozen = bool(lora_r or adapter)
+    number, reason = choose_dtype(dtype, adapter=frozen, device=device)
+    loading = {"quantization_config": nf4(number), "device_map": {"": device}} if load_in_4bit else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if attn_implementation != "auto":
+            loading["attn_implementation"] = attn_implementation
+        elif getattr(AutoConfig.from_pretrained(source), "attn_logit_softcapping", None):
+            loading["attn_implementation"] = "eager"  # Gemma 2 squashes its scores, which sdpa leaves out
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=number, **loading)
+    except Exception as error:  # transformers raises its own kinds, safetensors another
+        raise UserError(_why_not(name, error)) from error
+    keep_as_loaded(model)
+    if not load_in_4bit:
+        nn.Module.to(model, device)
+    if disable_dropout:
+        _disable_dropout(model)
+    copied = copy.deepcopy(model).requires_grad_(False).eval() if with_reference and not frozen else None
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if adapter:
+        model = _with_adapter(model, adapter)
+    elif lora_r:
+        model = add_adapter(model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, seed=seed)
+    return Policy(model, tokenizer, copied, chat_template, f"{str(number).removeprefix('torch.')}: {reason}")
+
+
+def policy_of(config: TrainConfig, adapter: Path | None = None) -> Policy:
+    """The policy that a config names; to go on from a trained adapter, say which."""
+    return load_policy(
+        config.model,
+        with_reference=config.beta > 0,
+        gradient_checkpointing=config.gradient_checkpointing,
+        disable_dropout=config.disable_dropout,
+        load_in_4bit=config.load_in_4bit,
+        lora_r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_target_modules=config.lora_target_modules,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        chat_template=config.chat_template,
+        seed=config.seed,
+        adapter=adapter,
+    )
+
+
+def _look_into(source: str, name: str) -> None:
+    """See what a folder lacks before transformers does, whose words for it are many."""
     folder = Path(source)
     if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
         raise UserError(f"model = {name!r}: there is no such folder")  # before a hub is asked, and asked again
@@ -101,21 +209,25 @@ def load_policy(
         for pattern, what in (("config.json", "config"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
             if not list(folder.glob(pattern)):
                 raise UserError(f"model = {name!r}: the folder has no {what}; {pattern} is needed")
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """One line for what kept a model from being loaded."""
+    first_line = next(iter(str(error).strip().splitlines()), "").strip()
+    if Path(name).is_dir() or name == "embedded":
+        return f"model = {name!r}: cannot be loaded: {first_line}"
+    return (
+        f"model = {name!r}: neither a local folder nor in this machine's cache, and the hub cannot be asked or does "
+        f"not have it. With a network: `hf download {name} --local-dir {Path(name).name}`, then "
+        f"`--model {Path(name).name}` ({first_line})"
+    )
+
+
+def _with_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except Exception as error:  # transformers raises its own kinds, safetensors another
-        first_line = next(iter(str(error).strip().splitlines()), "").strip()
-        raise UserError(
-            f"model = {name!r}: cannot be loaded as 'embedded', a local folder or a hub name: {first_line}"
-        ) from error
-    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    if disable_dropout:
-        _disable_dropout(model)
-    reference = copy.deepcopy(model).requires_grad_(False).eval() if with_reference else None
-    if gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return Policy(model, tokenizer, reference)
+        return load_adapter(model, str(folder))
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: not an adapter for this model: {str(error).strip().splitlines()[0]}") from error
 
 
 def _disable_dropout(model: nn.Module) -> None:

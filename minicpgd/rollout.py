@@ -32,11 +32,35 @@ class Rollout:
     completions: list[str]  # B texts
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Some rows as `token_logprobs` wants them: ids and mask (b, P + t), and t, cut to the longest of these."""
+        """Some rows as `token_logprobs` wants them: ids and mask (b, p + t), and t, cut to the longest of these."""
         longest = int(self.lengths[rows].max())
-        ids = torch.cat([self.prompt_ids[rows], self.completion_ids[rows, :longest]], dim=1)
-        mask = torch.cat([self.prompt_mask[rows], self.mask[rows, :longest].long()], dim=1)
+        prompt = int(self.prompt_mask[rows].sum(dim=1).max())
+        ids = torch.cat([self.prompt_ids[rows, -prompt:], self.completion_ids[rows, :longest]], dim=1)
+        mask = torch.cat([self.prompt_mask[rows, -prompt:], self.mask[rows, :longest].long()], dim=1)
         return ids, mask, longest
+
+    def micro_batches(self, rows: Tensor, size: int | None, tokens: int | None) -> list[Tensor]:
+        """Cut a minibatch into parts that fit in memory.
+
+        Args:
+            rows: (b,) indices of responses.
+            size: responses in a part, at most.
+            tokens: in a part, at most, prompts and padding included; rows of like length then go together, the longest
+                first. A response that is longer goes alone.
+
+        Returns:
+            Indices into `rows`; each row is in one part.
+        """
+        if tokens is None:
+            return list(torch.arange(len(rows), device=rows.device).split(size or len(rows)))
+        prompts, completions = self.prompt_mask[rows].sum(dim=1), self.lengths[rows]
+        parts: list[list[int]] = []
+        for i in (prompts + completions).argsort(descending=True, stable=True).tolist():
+            grown = [*parts[-1], i] if parts else [i]
+            width = int(prompts[grown].max() + completions[grown].max())
+            fits = len(grown) * width <= tokens and len(grown) <= (size or len(rows))
+            parts = [*parts[:-1], grown] if parts and fits else [*parts, [i]]
+        return [torch.tensor(part, device=rows.device) for part in parts]
 
 
 @torch.no_grad()
@@ -50,6 +74,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    batch_size: int | None = None,
 ) -> Rollout:
     r"""Sample `num_generations` responses to each prompt, or take the likeliest tokens.
 
@@ -61,6 +86,7 @@ def generate(
         temperature: divides the logits, here and when the tokens are scored again.
         top_p, top_k: draw from the likeliest tokens only (1.0 and 0: from all). The log-probabilities kept are those of
             the distribution before that cut: what $\pi_\theta$ will be compared with.
+        batch_size: responses generated at once; None for all.
     """
     model, was_training = policy.model, policy.model.training
     model.eval()
@@ -72,39 +98,40 @@ def generate(
     lengths = torch.full((batch,), max_completion_length, device=device)
     eos_ids = policy.eos_ids
 
-    rows = torch.arange(batch, device=device)  # the rows still computed; finished ones leave in batches
-    running = torch.ones(batch, dtype=torch.bool, device=device)  # of those, the ones without an end yet
-    attention, cache, new = prompt_mask, DynamicCache(config=model.config), prompt_ids
-    for t in range(max_completion_length):
-        logits = model(
-            input_ids=new,
-            attention_mask=attention,
-            position_ids=position_ids(attention)[:, -new.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        logits = logits.float() / temperature
-        token = _draw(logits, top_k, top_p, generator)
-        token_logp, token_entropy = logp_and_entropy(logits, token)
-        alive = rows[running]
-        ids[alive, t], logp[alive, t], entropy[alive, t] = token[running], token_logp[running], token_entropy[running]
-        ended = running & torch.isin(token, eos_ids)
-        lengths[rows[ended]] = t + 1
-        running = running & ~ended
-        if not running.any():
-            break
-        if 2 * int(running.sum()) <= len(rows):  # half have ended: stop paying for them
-            keep = running.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, token, attention, running = rows[keep], token[keep], attention[keep], running[keep]
-        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
-        new = token[:, None]
+    truncated = torch.zeros(batch, dtype=torch.bool, device=device)
+    for rows in torch.arange(batch, device=device).split(batch_size or batch):  # finished ones leave
+        running = torch.ones(len(rows), dtype=torch.bool, device=device)  # of those, the ones without an end yet
+        attention, cache, new = prompt_mask[rows], DynamicCache(config=model.config), prompt_ids[rows]
+        for t in range(max_completion_length):
+            logits = model(
+                input_ids=new,
+                attention_mask=attention,
+                position_ids=position_ids(attention)[:, -new.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            logits = logits.float() / temperature
+            token = _draw(logits, top_k, top_p, generator)
+            token_logp, token_entropy = logp_and_entropy(logits, token)
+            alive = rows[running]
+            ids[alive, t], logp[alive, t] = token[running], token_logp[running]
+            entropy[alive, t] = token_entropy[running]
+            ended = running & torch.isin(token, eos_ids)
+            lengths[rows[ended]] = t + 1
+            running = running & ~ended
+            if not running.any():
+                break
+            if 2 * int(running.sum()) <= len(rows):  # half have ended: stop paying for them
+                keep = running.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, token, attention, running = rows[keep], token[keep], attention[keep], running[keep]
+            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
+            new = token[:, None]
+        truncated[rows[running]] = True
     model.train(was_training)
 
     longest = int(lengths.max())
-    truncated = torch.zeros(batch, dtype=torch.bool, device=device)
-    truncated[rows[running]] = True
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,

@@ -6,7 +6,8 @@
     samples.jsonl     some sampled responses, with reward and advantage
     passes.jsonl      of the same steps, a line per pass over the rollout: ratios, KL, clipped shares
     checkpoints/      the two newest (see checkpoint.py)
-    model/            the trained model, once the run has ended; transformers loads it
+    model/            the trained model, once the run has ended; transformers loads it. With LoRA it is
+    adapter/          instead, which PEFT loads onto the model that `config.json` names
 
 Line 0 of the metrics is the model before training: its greedy accuracy and its mean reward on the held-out set.
 """

@@ -186,7 +186,7 @@ def _check_same(config: TrainConfig) -> None:
 
 
 def _finished(config: TrainConfig) -> bool:
-    return (config.folder / "model").is_dir() or (config.folder / DIVERGED).exists()
+    return (config.folder / config.trained_as).is_dir() or (config.folder / DIVERGED).exists()
 
 
 def _finish(config: TrainConfig) -> Path:

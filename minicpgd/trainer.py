@@ -35,7 +35,8 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
         listener: hears of every step; when its `stop()` is true, the step is finished and saved and `train` returns.
 
     Returns:
-        The run's folder; see `runlog.py` for what is in it. The folder `model/` is there once the run has ended.
+        The run's folder; see `runlog.py` for what is in it. The folder `model/` (`adapter/`, with LoRA) is there once
+        the run has ended.
 
     Raises:
         UserError: what cannot be loaded, resumed or written, a reward function that fails, a run folder that exists.
@@ -78,7 +79,7 @@ def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
         listener.step(step, made.metrics, made.timings)
         if stopping and step < config.max_steps:
             return log.folder
-    learner.policy.save(log.folder / "model")
+    learner.policy.save(log.folder / config.trained_as)
     return log.folder
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from minicpgd.logprobs import logp_and_entropy, token_logprobs
+from minicpgd.logprobs import logp_and_entropy, position_ids, token_logprobs
 from minicpgd.policy import Policy, load_policy
 from minicpgd.rollout import generate
 from minicpgd.tasks import get_task
@@ -162,11 +162,31 @@ def test_other_architectures(name, policy, tmp_path):
             torch.testing.assert_close(ours, first, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_chunked_logprobs_are_the_plain_ones(chunk):
+    """V = 150,000: value and gradient against log-softmax over the model's own logits, to 1e-5."""
+    model = tiny("llama", vocabulary=150_000)
+    ids = torch.randint(0, 150_000, (6, 50), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[:3, :4] = 0
+    plain = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[:, 9:-1].log_softmax(-1)
+    plain = plain.gather(-1, ids[:, 10:, None]).squeeze(-1)
+    plain.mean().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logp, _ = token_logprobs(model, ids, mask, 40, chunk_size=chunk)
+    logp.mean().backward()
+    torch.testing.assert_close(logp, plain, atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-5)
+    assert max(g.abs().max() for g in expected.values()) > 1e-2
+
+
 MEMORY = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from minicpgd.logprobs import token_logprobs
-model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, hidden_size=16, intermediate_size=64, num_hidden_layers=1,
+model = LlamaForCausalLM(LlamaConfig(vocab_size=150_000, hidden_size=16, intermediate_size=64, num_hidden_layers=1,
                                      num_attention_heads=4))
 chunk = eval(sys.argv[1])
 largest = 0
@@ -175,10 +195,10 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         global largest
         out = function(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.dim() and t.shape[-1] == 32_000:
-                largest = max(largest, t.numel() // 32_000)
+            if isinstance(t, torch.Tensor) and t.dim() and t.shape[-1] == 150_000:
+                largest = max(largest, t.numel() // 150_000)
         return out
-ids = torch.randint(0, 32_000, (24, 80))
+ids = torch.randint(0, 150_000, (4, 80))
 def peak():
     return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) / 1024
 with Watch():  # what is loaded once, and the watching itself, are not to be counted
@@ -193,17 +213,17 @@ print(largest, peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_chunks_keep_the_logits_from_existing():
-    """V = 32,000, 24 x 64 tokens: no tensor of V columns has more rows than the chunk, and the peak shows it."""
+    """V = 150,000, 4 x 64 tokens: no tensor of V columns has more rows than the chunk, and the peak shows it."""
     peaks = {}
-    for chunk in (None, 32):
+    for chunk in (10_000, 16):
         # glibc would keep what was freed, now more and now less of it; the peak is to be that of the tensors
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         command = [sys.executable, "-c", MEMORY, str(chunk)]
         out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         rows, peaks[chunk] = (float(x) for x in out.stdout.split())
         # (the output layer itself is V columns by 16 rows: fewer than a chunk)
-        assert rows == (chunk or 24 * 64)
-    assert peaks[32] < peaks[None] / 8
+        assert rows == min(chunk, 4 * 64)
+    assert peaks[16] < peaks[10_000] / 8
 
 
 @pytest.mark.gpu

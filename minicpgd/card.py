@@ -1,0 +1,99 @@
+"""A model card: what was trained, on what, how it went, and how to load it.
+
+In: a finished run. Out: `README.md` and `curves.png` in the folder of its adapter, or of the exported model, as the
+model hub shows them.
+"""
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+from minicpgd.config import TrainConfig
+from minicpgd.export import Exported
+from minicpgd.outcome import outcome
+from minicpgd.plots import training_curves
+from minicpgd.runlog import load_run
+from minicpgd.study import versions
+from minicpgd.summary import display_name
+
+LOAD_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+
+LOAD_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+
+
+def write_card(folder: Path, run: Path, exported: Exported | None = None) -> Path:
+    """Write the card of a run's adapter, or of what was exported from it.
+
+    Args:
+        folder: of the adapter or the model; it exists.
+        run: the finished run.
+        exported: what `export` measured; None for an adapter.
+
+    Returns:
+        The card's path.
+    """
+    config, metrics, _ = load_run(run)
+    result, last = outcome(run), metrics["step"][-1]
+    training_curves([run]).savefig(folder / "curves.png", dpi=100)
+    algorithm, load = display_name(config.algorithm), LOAD_MODEL if exported else LOAD_ADAPTER
+    base = "minicpgd/embedded" if config.model == "embedded" else config.model
+    lines = [
+        "---",
+        f"base_model: {base}",
+        f"library_name: {'transformers' if exported else 'peft'}",
+        f"tags: [reinforcement-learning, {'' if exported else 'lora, '}{config.algorithm}, minicpgd]",
+        "---",
+        "",
+        f"# {base}, trained with {algorithm} on {config.task}",
+        "",
+        f"{last:.0f} rollouts of {config.num_prompts} x {config.num_generations} responses, "
+        f"{config.updates_per_rollout} updates on each{', 4-bit weights' if config.load_in_4bit else ''}"
+        f"{f', LoRA of rank {config.lora_r}' if config.lora_r else ''}. One run with one seed ({config.seed}).",
+        "",
+        f"| | before | after |\n|---|---|---|\n"
+        f"| accuracy, greedy, {config.eval_problems} held-out problems at most | {result.accuracy_before:.3f} "
+        f"| {result.accuracy_final:.3f} |\n"
+        f"| reward of samples (after: mean of the last 10 steps) | {result.reward_before:.3f} "
+        f"| {result.reward_last:.3f} |",
+        "",
+        "![reward, length, KL and clipped share over the steps](curves.png)",
+        "",
+        *([_difference(exported), ""] if exported else []),
+        f"## Load\n\n```python\n{load.format(base=base)}\n```",
+        "",
+        f"## Made by\n\n```bash\n{command(config)}\n```",
+        "",
+        "with " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
+    ]
+    path = folder / "README.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def command(config: TrainConfig) -> str:
+    """The command that makes this run, with the settings that are not the default."""
+    words = ["minicpgd", "train"]
+    for field in fields(config):
+        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        if value == field.default or field.name == "output_dir":
+            continue
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+
+def _difference(exported: Exported) -> str:
+    return (
+        f"Merged: {exported.same_answers:.1%} of its greedy answers to held-out problems are those of the model as it "
+        f"was trained, to the letter; accuracy {exported.accuracy_exported:.3f} against "
+        f"{exported.accuracy_trained:.3f}. Mean difference of their tokens' log-probabilities "
+        f"{exported.mean_difference:.2g} nats; adding the adapter into the weights changes one by "
+        f"{exported.rounding:.2g} at most."
+    )

@@ -1,0 +1,117 @@
+r"""Export: the adapter added into the model's weights, for whatever knows nothing of adapters.
+
+Added in full precision: $W + \frac{\alpha}{r}BA$. Not into the 4-bit weights: NF4 has 16 values, a step between two of
+them is as a rule larger than what the adapter changes, and rounding the sum to them again throws most of the
+training away (`docs/qlora.md` has numbers). Two weights can be added to:
+
+- `full`, the model as its authors published it. The adapter was trained on rounded weights and meets others, so
+  answers may differ here and there; as a rule they are as good.
+- `dequantised`, the rounded weights as the training saw them, written out in full. The result computes what was
+  trained, to rounding, and is as large as the other.
+
+In: the folder of a finished LoRA run. Out: a folder that transformers loads, and by how much it differs.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minicpgd.config import TrainConfig
+from minicpgd.errors import UserError
+from minicpgd.evaluation import open_policy, respond
+from minicpgd.logprobs import token_logprobs
+from minicpgd.policy import Policy, policy_of
+from minicpgd.rollout import Rollout
+from minicpgd.tasks import task_of
+
+Base = Literal["full", "dequantised"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """How far the exported model is from the trained one, on greedy answers of the trained one to held-out problems.
+
+    Log-probabilities in nats: absolute differences over the answers' tokens. Shares of 1.
+    """
+
+    rounding: float  # the largest, between adding the adapter's output and adding it into the weights
+    mean_difference: float  # the mean, to the model as it was trained
+    same_answers: float  # share of problems with the same text
+    accuracy_trained: float
+    accuracy_exported: float
+
+
+def export(run: Path, folder: Path, *, base: Base = "full", num_problems: int = 64) -> Exported:
+    """Merge a run's adapter into its model, save that, and measure the difference.
+
+    Args:
+        run: a finished run that trained an adapter.
+        folder: where the model goes; must not exist yet.
+        base: the weights to add to; see above.
+        num_problems: held-out problems that both models answer.
+
+    Raises:
+        UserError: the run trained no adapter or has not finished, or the folder exists.
+    """
+    trained, config = open_policy(run)
+    if not trained.peft:
+        raise UserError(f"{run}: has no adapter; {run / config.trained_as} can be used as it is")
+    if folder.exists():
+        raise UserError(f"folder = {str(folder)!r} exists already: choose another")
+    answers, right = _answers(trained, config, num_problems)
+    before = _score(trained.model, answers, config)
+    weights = dequantised(trained.peft.get_base_model()) if base == "dequantised" and config.load_in_4bit else {}
+    del trained  # a card holds one of them
+
+    policy = policy_of(replace(config, load_in_4bit=False, beta=0.0), adapter=run / config.trained_as)
+    for name, module in policy.peft.get_base_model().named_modules():
+        if name in weights:
+            module.base_layer.weight.data.copy_(weights.pop(name))
+    apart = _score(policy.model, answers, config)
+    merged = Policy(policy.peft.merge_and_unload(), policy.tokenizer, chat_template=policy.chat_template)
+    together = _score(merged.model, answers, config)
+    again, right_again = _answers(merged, config, num_problems)
+    merged.save(folder)
+
+    mask = answers.mask
+    return Exported(
+        rounding=(together - apart)[mask].abs().max().item(),
+        mean_difference=(together - before)[mask].abs().mean().item(),
+        same_answers=sum(a == b for a, b in zip(answers.completions, again.completions, strict=True)) / len(right),
+        accuracy_trained=right.double().mean().item(),
+        accuracy_exported=right_again.double().mean().item(),
+    )
+
+
+def dequantised(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The 4-bit weights of a model, each (out, in), as the numbers they stand for, by the layer's name; on the CPU."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    quantised = {name: m.weight for name, m in model.named_modules() if hasattr(m, "quant_state")}
+    return {n.removesuffix(".base_layer"): dequantize_4bit(w.data, w.quant_state).cpu() for n, w in quantised.items()}
+
+
+def _answers(policy: Policy, config: TrainConfig, num_problems: int) -> tuple[Rollout, Tensor]:
+    return respond(
+        policy,
+        task_of(config),
+        num_problems,
+        max_completion_length=config.max_completion_length,
+        batch_size=config.rollout_batch_size,
+    )
+
+
+@torch.no_grad()
+def _score(model: PreTrainedModel, answers: Rollout, config: TrainConfig) -> Tensor:
+    """(B, T) log-probabilities of the answers' tokens."""
+    model.eval()
+    scored = torch.zeros_like(answers.logp)
+    everyone = torch.arange(len(scored), device=scored.device)
+    for part in answers.micro_batches(everyone, config.micro_batch_size, config.micro_batch_tokens):
+        ids, attention, t = answers.inputs(part)
+        scored[part, :t], _ = token_logprobs(model, ids, attention, t)
+    return scored
