@@ -63,6 +63,11 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "sliding windows": ("gemma3", 100, {"lora_r": 8, "num_prompts": 8}),
     "8-bit moments": ("qwen3", 20, {"chunk_size": 32, "optim": "paged_adamw_8bit"}),
 }  # fmt: skip
+MIB = 2**20
+SCRATCH = {
+    ("adapter in bfloat16", "rollout"): "a CPU's kernels take scratch memory of their own, which no prediction has",
+    ("8-bit moments", "update"): "a CPU's kernels take scratch memory of their own, which no prediction has",
+}
 
 
 def random_model(name: str, folder: Path) -> str:
@@ -78,7 +83,8 @@ def measure(config: TrainConfig, prompt_length: int) -> tuple[dict[str, int], in
     learner = Learner.from_config(config)
     rollout = roll(learner, prompt_length)
     advantages = torch.linspace(-1, 1, config.num_responses, device=learner.policy.device)
-    rows = torch.arange(config.num_responses // config.num_minibatches, device=learner.policy.device)
+    rows = torch.arange(config.num_responses, device=learner.policy.device)
+    rows = rows[-(config.num_responses // config.num_minibatches) :]  # the padded ones among them
     reference = rollout.logp if config.beta else None
     learner.update(rollout, advantages, reference, rows)
     always = what_stays(learner)
@@ -99,7 +105,7 @@ def roll(learner: Learner, prompt_length: int) -> Rollout:
 
 def what_stays(learner: Learner) -> dict[str, int]:
     """Weights, reference, adapter and moments: bytes of the tensors, each storage once."""
-    model, adapter = learner.policy.model, learner.policy.has_adapter
+    model, adapter = learner.policy.model, learner.policy.peft is not None
     frozen = [p for p in model.parameters() if not (adapter and p.requires_grad)]
     scales = [t for p in frozen if hasattr(p, "quant_state") for t in tensors_of(p.quant_state)]
     copied = list(learner.policy.copied.parameters()) if learner.policy.copied else []
@@ -140,36 +146,44 @@ def peak(work: Callable[[], Any]) -> int:
     return most
 
 
-def compare(name: str, folder: Path) -> tuple[Memory, dict[str, int], int, int]:
-    """Predicted, and measured: what stays, the rollout's peak, the update's."""
+def compare(name: str, folder: Path) -> tuple[Memory, dict[str, tuple[int, int]]]:
+    """The prediction, and by part, bytes predicted and bytes measured."""
     model, prompt_length, settings = CASES[name]
     path = folder / model if (folder / model).exists() else random_model(model, folder)
     config = replace(SETTINGS, model=str(path), **settings)
-    architecture = AutoConfig.from_pretrained(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return predict(config, architecture, prompt_length=prompt_length, device=device), *measure(config, prompt_length)
+    said = predict(config, AutoConfig.from_pretrained(path), prompt_length=prompt_length, device=device)
+    always, rollout, update = measure(config, prompt_length)
+    pairs = {part: (said.moments["draw"][part], size) for part, size in always.items()}
+    return said, pairs | {"rollout": (said.rollout, rollout), "update": (said.update, update)}
 
 
 def main() -> None:
     """The table."""
     quiet()
-    rows = []
+    rows: list[tuple] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in sys.argv[1:] or CASES:
-            predicted, always, rollout, update = compare(name, Path(folder))
-            moments = predicted.moments["draw"]
-            pairs = {part: (moments[part], always[part]) for part in always if part != "reference"}
-            pairs |= {"rollout": (predicted.rollout, rollout), "update": (predicted.update, update)}
+            predicted, pairs = compare(name, Path(folder))
+            line = f"{name:<28}"
             for part, (said, was) in pairs.items():
-                error = said / was - 1 if was else 0.0
-                rows.append((name, part, said, was, f"{error:.4f}"))
-            worst = {phase: max(ms, key=predicted.total) for phase, ms in (("r", ROLLOUT), ("u", UPDATE))}
-            shown = "  ".join(f"{part} {said / 2**20:7.1f} {was / 2**20:7.1f} {said / max(was, 1) - 1:+6.1%}" for part, (said, was) in pairs.items())
-            print(f"{name:<28} {shown} {worst}", flush=True)
+                if said or was:
+                    note = SCRATCH.get((name, part), "") if not torch.cuda.is_available() else ""
+                    worst = max(
+                        {"rollout": ROLLOUT, "update": UPDATE}.get(part, ("",)), key=lambda m: m and predicted.total(m)
+                    )
+                    rows.append((name, part, worst, said, was, f"{said / was - 1:.4f}", note))
+                    line += (
+                        f" {part} {said / MIB:.1f} {was / MIB:.1f} {said / was - 1:+.1%}{'*' if note else ''} {worst} "
+                    )
+            print(line, flush=True)
+    for note in {row[-1] for row in rows if row[-1]}:
+        print("*", note)
     if not sys.argv[1:]:
         RESULTS.parent.mkdir(exist_ok=True)
+        header = ("case", "part", "worst_moment", "predicted_bytes", "measured_bytes", "error", "note")
         with RESULTS.open("w", newline="") as file:
-            csv.writer(file).writerows([("case", "part", "predicted_bytes", "measured_bytes", "error"), *rows])
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 if __name__ == "__main__":

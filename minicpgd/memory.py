@@ -1,9 +1,9 @@
 r"""What fits on which card: where the memory of a training step goes, from a model's config alone.
 
-A step has seven moments at which memory may be at its most. In the rollout: the prompts are read, a token is computed
-by all layers, a token is drawn. In the update: the loss is computed, gradients flow back through the output layer and
-through the others, the optimizer steps. Each moment needs its own mixture of the same components; the largest moment
-decides whether a run fits.
+A step has eight moments at which memory may be at its most. In the rollout: the prompts are read, a token is computed
+by all layers, a token is drawn. In the update: the loss is computed; gradients flow back through the output layer,
+through the last layer while all activations are still there, and through the first when all gradients are; the
+optimizer steps. Each moment needs its own mixture of the same components; the largest decides whether a run fits.
 
 Components with a formula stand below, one function each. The two that hang on how a library writes its layers, the
 activations and what one layer needs while it works, are rehearsed with the real code (`rehearsal.py`).
@@ -14,22 +14,18 @@ Everything is predicted for the worst case: every response as long as it may be.
 
 import math
 from dataclasses import dataclass, replace
-from importlib.resources import files
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from minicpgd import rehearsal
 from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
 from minicpgd.logprobs import LOGITS_AT_ONCE
-from minicpgd.policy import EMBEDDED
 
-ROLLOUT, UPDATE = ("prompt", "token", "draw"), ("loss", "output", "backward", "step")
+ROLLOUT, UPDATE = ("prompt", "token", "draw"), ("loss", "output", "last layer", "first layer", "step")
 COMPONENTS = {
     "weights": "of the model, 4-bit where asked",
     "reference": "a frozen copy, for beta without an adapter",
@@ -89,34 +85,6 @@ class Rung(NamedTuple):
     fits: bool
 
 
-def model_config(name: str) -> PretrainedConfig:
-    """A model's architecture: of a local folder, of a model known here, or from the hub's cache or the hub.
-
-    Raises:
-        UserError: none of these has it.
-    """
-    folder = EMBEDDED if name == "embedded" else Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            why = "GGUF files cannot be trained; " if list(folder.glob("*.gguf")) else ""
-            raise UserError(f"model = {name!r}: {why}the folder has no config.json")
-    elif name in (known := known_architectures()):
-        return AutoConfig.for_model(**known[name])
-    try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model = {name!r}: no folder, not known here ({', '.join(known_architectures())}), and not to be had from "
-            f"the hub. One file is enough: `hf download {name} config.json --local-dir {folder.name}`, then --model "
-            f"{folder.name}"
-        ) from error
-
-
-def known_architectures() -> dict[str, dict]:
-    """Hub names to what their config.json says, for the models that need no download."""
-    return yaml.safe_load((files("minicpgd") / "recipes" / "architectures.yaml").read_text())
-
-
 def weights(shape: PreTrainedModel, four_bit: bool) -> int:
     r"""Frozen or not, without the adapter.
 
@@ -155,27 +123,25 @@ def optimizer(shape: PreTrainedModel, eight_bit: bool) -> int:
 
 
 def gradients(shape: PreTrainedModel, first: bool, chunked: bool) -> dict[str, int]:
-    r"""Of what is trained, at the moments of the update. An adapter's are small and counted as there all along.
+    r"""Of what is trained, at the moments of the update: none before its first backward pass, all after it.
 
-    Where all weights are trained, there are none before the first backward pass of an update. That of the output layer,
-    $V \times H$ numbers, is collected over the chunks of the loss: the sum so far, and what the next chunk adds. Where
-    the embeddings share its weights, it waits for theirs; then both and their sum are there at once.
+    Where the output layer is trained, too, its gradient of $V \times H$ numbers is collected over the chunks of the
+    loss: the sum so far, and what the next chunk adds. Where the embeddings share its weights, it waits for theirs; then
+    both and their sum are there at once.
 
     Args:
         first: the update makes only one backward pass, so none are there from before.
         chunked: the loss is computed in more than one chunk.
     """
-    total = trained(shape)
-    if hasattr(shape, "peft_config"):
-        return dict.fromkeys(UPDATE, total)
-    matrix = shape.get_output_embeddings().weight
-    own, tied = matrix.numel() * matrix.element_size(), matrix is shape.get_input_embeddings().weight
-    before = 0 if first else total
+    total, matrix = trained(shape), shape.get_output_embeddings().weight
+    own = matrix.numel() * matrix.element_size() if matrix.requires_grad else 0
+    waits, before = matrix is shape.get_input_embeddings().weight, 0 if first else total
     return {
         "loss": before + own * chunked,
         "output": before + own * (1 + chunked),
-        "backward": before + own * (tied or first),
-        "step": total + own * (2 * tied + (not first)),
+        "last layer": before + own * (waits or first),
+        "first layer": total + own * (waits and not first),
+        "step": total + own * (2 * waits + (not first)),
     }
 
 
@@ -214,9 +180,7 @@ def dequantised(shape: PreTrainedModel, four_bit: bool) -> int:
     return max(sizes) if four_bit else 0
 
 
-def predict(
-    config: TrainConfig, architecture: PretrainedConfig, *, prompt_length: int, device: str = "cuda"
-) -> Memory:
+def predict(config: TrainConfig, architecture: PretrainedConfig, *, prompt_length: int, device: str = "cuda") -> Memory:
     """Bytes by moment and component.
 
     Args:
@@ -245,6 +209,7 @@ def predict(
 
     token = rehearsal.token(architecture, config, dtype, rows, length)
     update = rehearsal.update(architecture, config, dtype, some, length)
+    working, layers = update.peak - update.kept, architecture.get_text_config().num_hidden_layers
     unpacked = dequantised(shape, config.load_in_4bit)
     cache = kv_cache(architecture, rows, length, size)
     moments: dict[str, dict[str, int]] = {
@@ -262,7 +227,8 @@ def predict(
         "draw": {"KV cache": cache, "logits": logits_drawn(rows, words)},
         "loss": {"activations": update.kept, "logits": logits_scored(at_once, architecture, size)},
         "output": {"activations": update.kept, "logits": 4 * at_once * words},  # their gradient
-        "backward": {"activations": update.kept, "one layer": update.peak - update.kept, "dequantised": unpacked},
+        "last layer": {"activations": update.kept, "one layer": working, "dequantised": unpacked},
+        "first layer": {"activations": update.kept // layers, "one layer": working, "dequantised": unpacked},
         "step": {},
     }
     for moment, total in gradients(shape, first=one_pass, chunked=at_once < scored).items():
@@ -279,9 +245,7 @@ def micro_batch(config: TrainConfig, length: int) -> tuple[int, int]:
     return rows, rows * config.max_completion_length
 
 
-def fits(
-    gpu_gb: float, architecture: PretrainedConfig, config: TrainConfig, *, prompt_length: int
-) -> list[Rung]:
+def fits(gpu_gb: float, architecture: PretrainedConfig, config: TrainConfig, *, prompt_length: int) -> list[Rung]:
     """A ladder of settings, each rung sparing more than the one above, in the order of what they cost.
 
     Args:

@@ -64,7 +64,9 @@ def shape_of(model_config: PretrainedConfig, config: TrainConfig, dtype: torch.d
             model.activation_checkpointing_enable({"use_reentrant": False})
         if config.lora_r:
             modules = config.lora_target_modules
-            model = add_adapter(model, r=config.lora_r, alpha=config.lora_alpha, target_modules=modules, seed=config.seed)
+            model = add_adapter(
+                model, r=config.lora_r, alpha=config.lora_alpha, target_modules=modules, seed=config.seed
+            )
     return model
 
 
@@ -72,6 +74,7 @@ def update(model_config: PretrainedConfig, config: TrainConfig, dtype: torch.dty
     """Forward and backward through the decoder, of (batch, length) tokens: `kept` is what the forward pass leaves."""
 
     def run(model: PreTrainedModel, live: Live) -> int:
+        model.get_input_embeddings().requires_grad_(False)  # their gradient comes last, and is no layer's
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         with live:
