@@ -84,7 +84,7 @@ def measure(config: TrainConfig, prompt_length: int) -> tuple[dict[str, int], in
     rollout = roll(learner, prompt_length)
     advantages = torch.linspace(-1, 1, config.num_responses, device=learner.policy.device)
     rows = torch.arange(config.num_responses, device=learner.policy.device)
-    rows = rows[-(config.num_responses // config.num_minibatches) :]  # the padded ones among them
+    rows = rows[:: config.num_minibatches]  # of all prompts, so that some are padded
     reference = rollout.logp if config.beta else None
     learner.update(rollout, advantages, reference, rows)
     always = what_stays(learner)

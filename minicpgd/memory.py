@@ -8,8 +8,8 @@ optimizer steps. Each moment needs its own mixture of the same components; the l
 Components with a formula stand below, one function each. The two that hang on how a library writes its layers, the
 activations and what one layer needs while it works, are rehearsed with the real code (`rehearsal.py`).
 
-In: settings, an architecture. Out: bytes by moment and component. No weights are loaded, and hardly a byte is allocated.
-Everything is predicted for the worst case: every response as long as it may be.
+In: settings, an architecture. Out: bytes by moment and component. No weights are loaded, hardly a byte is allocated.
+Everything is predicted for the worst case: every response as long as it may be, and some prompts padded.
 """
 
 import math
@@ -126,8 +126,8 @@ def gradients(shape: PreTrainedModel, first: bool, chunked: bool) -> dict[str, i
     r"""Of what is trained, at the moments of the update: none before its first backward pass, all after it.
 
     Where the output layer is trained, too, its gradient of $V \times H$ numbers is collected over the chunks of the
-    loss: the sum so far, and what the next chunk adds. Where the embeddings share its weights, it waits for theirs; then
-    both and their sum are there at once.
+    loss: the sum so far, and what the next chunk adds. Where the embeddings share its weights, it waits for theirs;
+    then both and their sum are there at once.
 
     Args:
         first: the update makes only one backward pass, so none are there from before.
@@ -239,7 +239,7 @@ def predict(config: TrainConfig, architecture: PretrainedConfig, *, prompt_lengt
 
 
 def micro_batch(config: TrainConfig, length: int) -> tuple[int, int]:
-    """Responses of `length` tokens, prompt included, in a forward pass of the update, and the tokens that are scored."""
+    """Responses of `length` tokens, prompt included, in a forward pass of the update, and how many tokens it scores."""
     rows = config.num_responses // config.num_minibatches
     rows = min(rows, config.micro_batch_size or rows, max(1, (config.micro_batch_tokens or rows * length) // length))
     return rows, rows * config.max_completion_length

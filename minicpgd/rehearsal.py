@@ -75,8 +75,9 @@ def update(model_config: PretrainedConfig, config: TrainConfig, dtype: torch.dty
 
     def run(model: PreTrainedModel, live: Live) -> int:
         model.get_input_embeddings().requires_grad_(False)  # their gradient comes last, and is no layer's
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.grad = torch.zeros_like(parameter)  # as after an earlier pass; they are counted elsewhere
+            live.seen.add(parameter.grad.untyped_storage())
         with live:
             hidden = _decode(model, batch, length)
             kept = live.now
