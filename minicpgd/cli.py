@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> Callable[[], None]:
 
     train_command.__doc__ = commands.train.__doc__
     known: dict[str, Callable[..., None]] = {"demo": commands.demo, "train": train_command}
-    known |= {name: getattr(commands, name) for name in ("evaluate", "sample", "study", "plot", "pretrain")}
+    known |= {name: getattr(commands, name) for name in ("evaluate", "sample", "study", "plot", "memory", "pretrain")}
     objection = io.StringIO()
     try:
         with contextlib.redirect_stderr(objection):

@@ -1,9 +1,10 @@
-"""The commands: demo, train, evaluate, sample, study, plot, pretrain.
+"""The commands: demo, train, evaluate, sample, study, plot, memory, pretrain.
 
 Each is a function; its arguments are its flags and its docstring is its help. Ctrl-C during training finishes the step,
 saves, and says how to go on.
 """
 
+import math
 import signal
 import sys
 from dataclasses import replace
@@ -16,11 +17,13 @@ from rich.table import Table
 
 from minicpgd import demo as demo_
 from minicpgd import pretrain as pretrain_
+from minicpgd.architectures import model_config
 from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
 from minicpgd.evaluation import evaluate as evaluate_
 from minicpgd.evaluation import open_policy, respond
 from minicpgd.figures import save_figures, save_published, save_study_figures
+from minicpgd.memory import COMPONENTS, GIB, fits
 from minicpgd.outcome import outcome
 from minicpgd.policy import load_policy
 from minicpgd.progress import Bars, console
@@ -256,6 +259,71 @@ def plot(
         raise UserError(f"plot: {len(runs)} runs given; 1 to 7 can be told apart in one figure")
     for path in save_figures(out or Path("figures"), runs):
         console.print(f"figure  {path}")
+
+
+def memory(
+    model: str = "Qwen/Qwen2.5-1.5B-Instruct",
+    gpu: float | None = None,
+    prompt_length: int = 200,
+    num_prompts: int = 8,
+    num_generations: int = 8,
+    max_completion_length: int = 512,
+    num_minibatches: int = 4,
+    lora_r: int = 16,
+    load_in_4bit: bool = True,
+    gradient_checkpointing: bool = True,
+    micro_batch_tokens: int | None = None,
+    chunk_size: int | None = None,
+    optim: str = "auto",
+) -> None:
+    """Say where the memory of a training step goes, by component and moment, without loading a model.
+
+    Args:
+        model: a name that is known here or on the hub, or a folder with a config.json.
+        gpu: GB of a card; then also which settings fit on it.
+        prompt_length: tokens of the longest prompt.
+        num_prompts: prompts per rollout.
+        num_generations: responses per prompt.
+        max_completion_length: tokens a response may have; each is taken to be that long.
+        num_minibatches: parts that a rollout is cut into.
+        lora_r: rank of the adapter; 0 trains all weights.
+        load_in_4bit: keep the frozen weights in 4 bit.
+        gradient_checkpointing: recompute activations instead of keeping them.
+        micro_batch_tokens: tokens per forward pass of the update.
+        chunk_size: tokens whose logits exist at once.
+        optim: adamw or paged_adamw_8bit; auto takes the second for an adapter.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("gpu", "prompt_length")}
+    if prompt_length < 1:
+        raise UserError(f"prompt_length = {prompt_length}: it has to be at least 1")
+    config, architecture = TrainConfig(**given), model_config(model)
+    rungs = fits(math.inf if gpu is None else gpu, architecture, config, prompt_length=prompt_length)
+    predicted = rungs[0].memory
+    table = Table(title=f"{model}: MiB at each moment of a step", title_justify="left", box=None, pad_edge=False)
+    for name in ("", *predicted.moments):
+        table.add_column(name, justify="right" if name else "left")
+    for name in COMPONENTS:
+        sizes = [own[name] / 2**20 for own in predicted.moments.values()]
+        if any(sizes):
+            table.add_row(name, *(f"{size:.0f}" if size else "" for size in sizes))
+    totals = {moment: f"{predicted.total(moment) / 2**20:.0f}" for moment in predicted.moments}
+    table.add_row("[bold]in all", *(f"[bold]{t}" if moment == predicted.worst else t for moment, t in totals.items()))
+    console.print(table)
+    console.print(
+        f"\nThe most is needed at: {predicted.worst}. With {predicted.assumed / GIB:.1f} GiB for CUDA and its allocator,"
+        f"\nwhich is assumed, not measured: {predicted.peak / GIB:.1f} GiB."
+    )
+    if gpu is None:
+        return
+    ladder = Table(title=f"\nOn a card of {gpu:g} GB", title_justify="left", box=None, pad_edge=False)
+    for name in ("change", "rollout", "update", "in all", "fits"):
+        ladder.add_column(name, justify="left" if name == "change" else "right")
+    for rung in rungs:
+        sizes = (rung.memory.rollout, rung.memory.update, rung.memory.peak)
+        ladder.add_row(
+            rung.change, *(f"{size / GIB:.1f} GiB" for size in sizes), "[green]yes[/]" if rung.fits else "[red]no[/]"
+        )
+    console.print(ladder)
 
 
 def pretrain(folder: Path = Path("runs/embedded"), seed: int = 0, steps: int = pretrain_.STEPS) -> None:

@@ -79,7 +79,7 @@ def test_sample_evaluate_and_plot(small, tmp_path, cli, monkeypatch):
     assert "\x1b[32mright\x1b[0m" in cli("sample", "--num-problems", 40)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "evaluate", "sample", "study", "plot", "pretrain"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "evaluate", "sample", "study", "plot", "memory", "pretrain"])
 def test_help_is_complete(command, cli):
     """Every flag has a sentence."""
     out = cli(*command.split(), "--help")

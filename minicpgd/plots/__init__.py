@@ -1,9 +1,11 @@
-"""Every figure: `plots.runs` from run folders, `plots.maps` and `plots.studies` from studies, in one `plots.style`.
+"""Every figure: `plots.runs` from run folders, `plots.maps` and `plots.studies` from studies,
+`plots.memory` from predictions, in one `plots.style`.
 
 Each function returns a matplotlib `Figure`; nothing here writes a file.
 """
 
 from minicpgd.plots.maps import map_curves, map_frontiers, map_heat
+from minicpgd.plots.memory import memory_bars
 from minicpgd.plots.runs import ratio_ranges, training_curves
 from minicpgd.plots.studies import anatomy_passes, anatomy_rows, drift_coefs, fair_search, warning_signals
 
@@ -15,6 +17,7 @@ __all__ = [
     "map_curves",
     "map_frontiers",
     "map_heat",
+    "memory_bars",
     "ratio_ranges",
     "training_curves",
     "warning_signals",

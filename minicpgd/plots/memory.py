@@ -1,0 +1,65 @@
+"""Where the memory goes: one pair of bars for each model.
+
+In: predictions by name. Out: a matplotlib `Figure`; nothing here writes a file.
+"""
+
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from minicpgd.memory import GIB, ROLLOUT, UPDATE, Memory
+from minicpgd.plots.style import COLOURS, styled
+
+PARTS = {  # what a bar is made of: components, a hatch for whoever prints in grey
+    "weights": (("weights", "reference"), ""),
+    "what is trained, its gradients and moments": (("adapter", "gradients", "optimizer"), "////"),
+    "KV cache": (("KV cache",), "...."),
+    "activations": (("activations",), "xxxx"),
+    "logits": (("logits",), "----"),
+    "one layer at work": (("one layer", "dequantised"), "\\\\\\\\"),
+}
+
+
+@styled
+def memory_bars(predicted: Mapping[str, Memory], gpu_gb: float | None = None) -> Figure:
+    """The largest moment of the rollout and of the update, by component, and how much the card has.
+
+    Args:
+        predicted: a prediction for each name, most of them models'.
+        gpu_gb: where the card ends, in GiB.
+    """
+    figure = Figure(figsize=(10, 1.5 + 0.9 * len(predicted)), layout="constrained")
+    axis = figure.subplots()
+    places, labels = [], []
+    for i, (name, memory) in enumerate(predicted.items()):
+        for phase, moments, place in (("rollout", ROLLOUT, 2.5 * i), ("update", UPDATE, 2.5 * i + 0.9)):
+            worst = max(moments, key=memory.total)
+            bytes_of, left = memory.moments[worst], 0.0
+            for (components, hatch), colour in zip(PARTS.values(), COLOURS, strict=False):
+                width = sum(bytes_of[component] for component in components) / GIB
+                axis.barh(place, width, 0.8, left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
+                left += width
+            axis.barh(place, memory.assumed / GIB, 0.8, left, color="white", edgecolor="#777777", linewidth=0.8)
+            end = left + memory.assumed / GIB
+            axis.annotate(f"{end:.1f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+            places.append(place)
+            labels.append(f"{name.split('/')[-1]}   {phase}" if phase == "rollout" else phase)
+    axis.set_yticks(places, labels)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", visible=False)
+    axis.invert_yaxis()
+    axis.set_xlabel("GiB at the phase's largest moment")
+    if gpu_gb:
+        axis.axvline(gpu_gb, color="black", linewidth=1.4, linestyle=(0, (4, 2)))
+        axis.annotate(
+            f"{gpu_gb:g} GB", (gpu_gb, 1), (-5, 3), textcoords="offset points", ha="right", va="bottom",
+            xycoords=("data", "axes fraction"), fontweight="bold",
+        )  # fmt: skip
+    handles = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=part)
+        for (part, (_, hatch)), colour in zip(PARTS.items(), COLOURS, strict=False)
+    ]
+    handles.append(Patch(facecolor="white", edgecolor="#777777", label="assumed: CUDA itself, allocator"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
+    return figure

@@ -1,0 +1,227 @@
+"""What memory.py predicts, against published sizes, formulas done by hand, and what the allocator handed out."""
+
+import importlib.util
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoConfig
+
+from minicpgd import TrainConfig, UserError, memory, plots, rehearsal
+from minicpgd.architectures import known_architectures, model_config
+from minicpgd.cli import parse
+from minicpgd.memory import GIB, fits, kv_cache, predict
+
+ROOT = Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("benchmarks_memory", ROOT / "benchmarks" / "memory.py")
+benchmark = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(benchmark)
+
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "google/gemma-3-1b-it": 999_885_952,
+}
+QLORA = TrainConfig(
+    load_in_4bit=True, lora_r=16, num_prompts=8, num_generations=8, max_completion_length=512, micro_batch_tokens=4096
+)
+SMALL = model_config("Qwen/Qwen2.5-0.5B-Instruct")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_known_architectures_have_the_published_sizes(name):
+    assert set(known_architectures()) == set(PUBLISHED)
+    shape = rehearsal.shape_of(model_config(name), TrainConfig(), torch.bfloat16)
+    assert sum(p.numel() for p in shape.parameters()) == PUBLISHED[name]
+    assert memory.weights(shape, four_bit=False) == 2 * PUBLISHED[name]
+
+
+CASES = (
+    "all weights, micro-batches",
+    "large vocabulary, chunks",
+    "activations",
+    "activations, recomputed",
+    "adapter, recomputed",
+    "4-bit",
+    "4-bit in bfloat16",
+    "sliding windows",
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with what a CPU's allocator hands out")
+@pytest.mark.parametrize("case", CASES)
+def test_predicted_is_measured(case, models):
+    """Real rollouts and updates of random models; what always stays to the byte, both phases within 10 %."""
+    _, pairs = benchmark.compare(case, models)
+    for part in ("weights", "reference", "adapter", "optimizer"):
+        said, was = pairs.pop(part)
+        assert said == was, part
+    for phase, (said, was) in pairs.items():
+        assert said == pytest.approx(was, rel=0.10), phase
+
+
+def test_the_committed_table_is_within_15_percent_and_complete():
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "memory.csv")
+    assert list(table["case"].unique()) == list(benchmark.CASES)
+    plain = table[table["note"].isna()]
+    assert (plain["error"].abs() < 0.15).all()
+    assert len(plain[plain["part"] == "update"]) >= 12
+    assert plain["worst_moment"].nunique() >= 6
+
+
+def test_optimizer_in_eight_bit():
+    """By hand: a byte each, four for 256 of them; small tensors stay in 32 bit. And as bitsandbytes makes it."""
+    bnb = pytest.importorskip("bitsandbytes")
+    shape = torch.nn.Linear(100, 100)
+    assert memory.optimizer(shape, eight_bit=True) == 2 * (10_000 + 4 * 40) + 2 * 4 * 100
+    assert memory.optimizer(shape, eight_bit=False) == 2 * 4 * 10_100 + 2 * 4
+    adam = bnb.optim.AdamW8bit(shape.parameters())
+    shape(torch.ones(1, 100)).sum().backward()
+    adam.step()
+    made = sum(t.nbytes for s in adam.state.values() for k, t in s.items() if torch.is_tensor(t) and "qmap" not in k)
+    assert memory.optimizer(shape, eight_bit=True) == made
+
+
+def test_kv_cache_by_hand():
+    """Qwen2.5-0.5B: 24 layers, 2 heads of 64, keys and values, bfloat16; Gemma's windows hold 512 tokens."""
+    assert kv_cache(SMALL, 64, 712, 2) == 2 * 64 * 712 * 24 * 2 * 64 * 2
+    gemma = model_config("google/gemma-3-1b-it")
+    assert kv_cache(gemma, 1, 1000, 2) == 2 * 256 * 2 * (22 * 512 + 4 * 1000)
+    kept = rehearsal.token(SMALL, TrainConfig(), torch.bfloat16, 4, 100).kept
+    assert kept == kv_cache(SMALL, 4, 100, 2)
+
+
+def test_what_checkpointing_keeps_by_hand():
+    """With it, a layer keeps its input alone: batch x length x width numbers."""
+    kept = {}
+    for layers in (3, 4):
+        architecture = replace_layers(layers)
+        config = replace(QLORA, gradient_checkpointing=True)
+        kept[layers] = rehearsal.update(architecture, config, torch.bfloat16, 4, 100).kept
+    assert kept[4] - kept[3] == 4 * 100 * 896 * 2
+
+
+def test_lora_keeps_its_inputs_in_float32():
+    """An adapter on one matrix keeps a float32 copy of what goes into it, and r numbers a token; no more."""
+    plain, adapted = (
+        rehearsal.update(SMALL, replace(QLORA, lora_target_modules=names), torch.bfloat16, 2, 50).kept
+        for names in ("up_proj", "up_proj,gate_proj")
+    )
+    assert adapted - plain == 24 * 2 * 50 * (896 + 16) * 4
+
+
+def test_logits_by_hand():
+    assert memory.logits_scored(110, SMALL, 2) == 110 * 151_936 * 22
+    assert memory.logits_scored(110, SMALL, 4) == 110 * 151_936 * 24
+    said = predict(replace(QLORA, chunk_size=64), SMALL, prompt_length=200)
+    assert said.moments["loss"]["logits"] == 64 * 151_936 * 22
+    assert said.moments["draw"]["logits"] == 64 * 151_936 * 20
+
+
+def replace_layers(layers):
+    return AutoConfig.for_model(**(known_architectures()["Qwen/Qwen2.5-0.5B-Instruct"] | {"num_hidden_layers": layers}))
+
+
+def test_each_setting_spares_what_it_says():
+    asked = predict(QLORA, SMALL, prompt_length=200)
+    assert asked.peak == asked.total(asked.worst) + asked.assumed
+    assert max(asked.rollout, asked.update) == asked.total(asked.worst)
+    for change, moment, component in (
+        ({"gradient_checkpointing": True}, "last layer", "activations"),
+        ({"micro_batch_tokens": 712}, "last layer", "activations"),
+        ({"micro_batch_size": 2}, "last layer", "activations"),
+        ({"lora_r": 4}, "step", "gradients"),
+        ({"chunk_size": 16}, "loss", "logits"),
+        ({"num_generations": 4}, "token", "KV cache"),
+        ({"max_completion_length": 100}, "token", "KV cache"),
+    ):
+        spared = predict(replace(QLORA, **change), SMALL, prompt_length=200)
+        assert spared.moments[moment][component] < 0.7 * asked.moments[moment][component], change
+    full = predict(replace(QLORA, load_in_4bit=False), SMALL, prompt_length=200)
+    assert full.moments["step"]["weights"] > 2 * asked.moments["step"]["weights"]
+    assert full.moments["step"]["dequantised"] == 0
+    whole = predict(TrainConfig(beta=0.1), SMALL, prompt_length=200)
+    assert whole.moments["step"]["reference"] == whole.moments["step"]["weights"] == 4 * 494_032_768
+    assert predict(replace(QLORA, beta=0.1), SMALL, prompt_length=200).moments["step"]["reference"] == 0
+
+
+def test_the_ladder():
+    """Each rung needs no more than the one above; what fits depends on the card; nothing is listed twice."""
+    asked = replace(QLORA, load_in_4bit=False, micro_batch_tokens=None)
+    rungs = fits(6, SMALL, asked, prompt_length=200)
+    assert rungs[0].config == asked
+    assert all(below.memory.peak <= above.memory.peak for above, below in zip(rungs, rungs[1:], strict=False))
+    assert [rung.fits for rung in rungs] == [rung.memory.peak <= 6 * GIB for rung in rungs]
+    assert not rungs[0].fits
+    assert rungs[-1].fits
+    assert len({str(rung.config) for rung in rungs}) == len(rungs)
+    assert not any(rung.fits for rung in fits(0.5, SMALL, QLORA, prompt_length=200))
+    odd = TrainConfig(num_prompts=1, num_generations=6, num_minibatches=6, lora_r=8)
+    assert fits(80, SMALL, odd, prompt_length=20)[-1].config.num_minibatches == 3
+
+
+def test_what_is_assumed_is_apart():
+    assert predict(QLORA, SMALL, prompt_length=200, device="cpu").assumed == 0
+    assert predict(QLORA, SMALL, prompt_length=200).assumed > 0.5 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nobody/nothing", "hf download nobody/nothing config.json"), ("{empty}", "no config.json"), ("{gguf}", "GGUF")],
+)
+def test_a_model_nobody_knows(name, words, tmp_path):
+    for folder in ("empty", "gguf"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "gguf" / "model-q4.gguf").touch()
+    with pytest.raises(UserError, match=words) as told:
+        model_config(name.format(empty=tmp_path / "empty", gguf=tmp_path / "gguf"))
+    assert "\n" not in str(told.value)
+    assert not math.isnan(predict(TrainConfig(), model_config("embedded"), prompt_length=8).peak)
+
+
+@pytest.mark.parametrize("gpu", [0, -4, math.nan])
+def test_a_card_without_memory(gpu):
+    with pytest.raises(UserError, match="more than 0"):
+        fits(gpu, SMALL, QLORA, prompt_length=200)
+
+
+def test_the_bars():
+    predicted = {"small": predict(QLORA, SMALL, prompt_length=200)}
+    figure = plots.memory_bars(predicted, gpu_gb=12)
+    (axis,) = figure.axes
+    drawn = sum(patch.get_width() for patch in axis.patches)
+    both = predicted["small"]
+    assert drawn == pytest.approx((both.rollout + both.update + 2 * both.assumed) / GIB)
+    assert "12 GB" in " ".join(text.get_text() for text in axis.texts)
+
+
+def test_the_command(capsys):
+    """Every moment and component of the prediction, and the ladder; bad input in one line."""
+    parse(["memory", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--gpu", "4"])()
+    out = capsys.readouterr().out
+    config = replace(QLORA, model="Qwen/Qwen2.5-0.5B-Instruct", micro_batch_tokens=None, gradient_checkpointing=True)
+    rungs = fits(4, SMALL, config, prompt_length=200)
+    said = rungs[0].memory
+    assert f"needed at: {said.worst}" in out
+    assert f"{said.peak / GIB:.1f} GiB" in out
+    row = next(line for line in out.splitlines() if line.startswith("weights"))
+    assert row.split()[1:] == [f"{said.moments['draw']['weights'] / 2**20:.0f}"] * 8
+    assert out.count(" yes") + out.count(" no\n") >= len(rungs)
+    for words, objection in (
+        (["--gpu", "0"], "more than 0"),
+        (["--lora-r", "0"], "4-bit"),
+        (["--optim", "x"], "optim"),
+    ):
+        with pytest.raises(UserError, match=objection):
+            parse(["memory", *words])()
