@@ -269,7 +269,8 @@ def test_without_math_verify_one_line_says_what_to_install(a_new_judge, tmp_path
     ("response", "reward"),
     [(r"So \boxed{72}", 1), (r"So $\boxed{72}$.", 1), (r"\[ x = \boxed{\frac{1}{2}} \]", 1), (r"**\boxed{72}**", 1),
      ("\\boxed{72}\n\n", 1), (r"\boxed{\{1\}}", 1), (r"\boxed{72} it is", 0), (r"\boxed{1}, \boxed{2}", 0),
-     (r"\boxed{72} \boxed{", 0), (r"\boxed{7 so \boxed{72}", 0), (r"\boxed{}", 0), (r"\boxed{ }", 0), (r"\boxed{72", 0), ("#### 72", 0), ("", 0),
+     (r"\boxed{72} \boxed{", 0), (r"\boxed{7 so \boxed{72}", 0),
+     (r"\boxed{}", 0), (r"\boxed{ }", 0), (r"\boxed{72", 0), ("#### 72", 0), ("", 0),
      (r"\boxed{\boxed{72}}", 0)],
 )  # fmt: skip
 def test_format_is_one_box_at_the_end(response, reward):
