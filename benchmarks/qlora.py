@@ -85,7 +85,7 @@ def measure(config: TrainConfig, send: Any) -> None:
     rest = timings[1:]
     send.send(
         {
-            "peak_gib": timings[-1]["peak_memory_bytes"] / 2**30,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan"),
             "tokens_per_second": statistics.median(t["tokens"] / t["rollout_seconds"] for t in rest),
             "seconds_per_update": statistics.median(t["update_seconds"] for t in rest) / config.updates_per_rollout,
         }
@@ -177,7 +177,7 @@ def main(sizes: tuple[str, ...] = ("0.5b", "1.5b", "3b", "7b"), length: int = 51
             memory = predict(
                 config, model_config(config.model), prompt_length=PROMPT, device=device if device == "cpu" else "cuda"
             )
-            for who, work in {"minicpgd": measure} | ({"trl": measure_trl} if trl else {}):
+            for who, work in ({"minicpgd": measure} | ({"trl": measure_trl} if trl else {})).items():
                 listen, send = context.Pipe(duplex=False)
                 process = context.Process(target=work, args=(config, send))
                 with Bars([f"{size} {who}"], STEPS) as bars:
