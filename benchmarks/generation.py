@@ -61,9 +61,7 @@ def main(repeats: int = 5) -> None:
         "generate, dynamic cache": lambda *a: theirs(*a, "dynamic"),
         "generate, static cache": lambda *a: theirs(*a, "static"),
     }
-    print(
-        f"{PROMPTS} x {GROUP} responses of at most {LENGTH} tokens, {embedded.device}"
-    )
+    print(f"{PROMPTS} x {GROUP} responses of at most {LENGTH} tokens, {embedded.device}")
     for name, policy in {"embedded, 0.1 M": embedded, "random, 30 M": larger(embedded)}.items():
         speeds: dict[str, list[float]] = {way: [] for way in ways}
         for seed in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""The command line: what the user typed becomes a call of one of `commands.py`.
+"""The command line: what the user typed becomes a call of a command.
 
 What the user can put right is told in one line, with exit code 2.
 """
@@ -14,16 +14,23 @@ from typing import Annotated, Any
 
 import tyro
 
-from minicpgd import commands
+from minicpgd import commands, inspecting, planning
 from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import UserError
 from minicpgd.policy import quiet
-from minicpgd.recipes import load_recipe
+from minicpgd.recipes import KNOWN, load_recipe
+
+_RECIPE = f"""    recipe: settings for a real model on a real card: {", ".join(KNOWN)}, or a YAML file of your own.
+            Other flags win over it.
+"""
+_DRY_RUN = """        dry_run: say what would be done and needed, and do nothing.
+"""
 
 
 def parse(argv: list[str]) -> Callable[[], None]:
     """Let tyro read the command line; what it has to object to becomes one line."""
-    stored, resumed, recipe = TrainConfig(), _value(argv, "--resume"), _value(argv, "--recipe")
+    stored = planning.USUAL if argv[:1] == ["memory"] else TrainConfig()
+    resumed, recipe = _value(argv, "--resume"), _value(argv, "--recipe")
     if resumed and recipe:
         raise UserError("--resume and --recipe: a run that goes on has its settings already; leave the recipe out")
     if resumed:  # what is not given then comes from the run itself
@@ -39,11 +46,24 @@ def parse(argv: list[str]) -> Callable[[], None]:
         recipe: str | None = None,
         dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
     ) -> None:
-        commands.train(config, resume, recipe, dry_run)
+        if dry_run:
+            planning.dry_run(config, load_recipe(recipe) if recipe else None)
+        else:
+            commands.train(config, resume)
 
-    train_command.__doc__ = commands.train.__doc__
-    known: dict[str, Callable[..., None]] = {"demo": commands.demo, "train": train_command}
-    known |= {name: getattr(commands, name) for name in ("evaluate", "sample", "study", "plot", "memory", "pretrain")}
+    def memory_command(
+        config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = stored,
+        recipe: str | None = None,
+        gpu: float | None = None,
+        prompt_length: int = planning.PROMPT_LENGTH,
+    ) -> None:
+        planning.memory(config, gpu, prompt_length)
+
+    train_command.__doc__ = (commands.train.__doc__ or "") + _RECIPE + _DRY_RUN
+    memory_command.__doc__ = (planning.memory.__doc__ or "") + _RECIPE
+    known: dict[str, Callable[..., None]] = {"demo": commands.demo, "train": train_command, "memory": memory_command}
+    known |= {c.__name__: c for c in (inspecting.evaluate, inspecting.sample, inspecting.export, inspecting.plot)}
+    known |= {c.__name__: c for c in (commands.study, commands.pretrain)}
     objection = io.StringIO()
     try:
         with contextlib.redirect_stderr(objection):
@@ -63,10 +83,10 @@ def parse(argv: list[str]) -> Callable[[], None]:
 
 
 def _value(argv: list[str], flag: str) -> str | None:
-    """What follows a flag of `train`, if it is there: from it the defaults of all others come."""
+    """What follows a flag of `train` or `memory`, if it is there: from it the defaults of all others come."""
     for word, following in zip(argv[1:], [*argv[2:], None], strict=True):
         name, equals, value = word.partition("=")
-        if argv[0] == "train" and name == flag:
+        if argv[0] in ("train", "memory") and name == flag:
             return value if equals else following
     return None
 
