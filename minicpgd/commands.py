@@ -310,8 +310,8 @@ def memory(
     table.add_row("[bold]in all", *(f"[bold]{t}" if moment == predicted.worst else t for moment, t in totals.items()))
     console.print(table)
     console.print(
-        f"\nThe most is needed at: {predicted.worst}. With {predicted.assumed / GIB:.1f} GiB for CUDA and its allocator,"
-        f"\nwhich is assumed, not measured: {predicted.peak / GIB:.1f} GiB."
+        f"\nMost is needed at: {predicted.worst}. With {predicted.assumed / GIB:.1f} GiB for CUDA and its allocator,"
+        f"\nassumed, not measured: {predicted.peak / GIB:.1f} GiB."
     )
     if gpu is None:
         return
