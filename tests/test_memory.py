@@ -143,16 +143,16 @@ def test_each_setting_spares_what_it_says():
     for change, moment, component in (
         ({"gradient_checkpointing": True}, "last layer", "activations"),
         ({"micro_batch_tokens": 712}, "last layer", "activations"),
-        ({"micro_batch_size": 2}, "last layer", "activations"),
         ({"lora_r": 4}, "step", "gradients"),
         ({"chunk_size": 16}, "loss", "logits"),
         ({"num_generations": 4}, "token", "KV cache"),
-        ({"max_completion_length": 100}, "token", "KV cache"),
     ):
         spared = predict(replace(QLORA, **change), shallow, prompt_length=200)
         assert spared.moments[moment][component] < 0.7 * asked.moments[moment][component], change
     full = predict(replace(QLORA, load_in_4bit=False), shallow, prompt_length=200)
-    assert full.moments["step"]["weights"] > 2 * asked.moments["step"]["weights"]
+    matrices = 4 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)  # numbers: q and o, k and v, the MLP's three
+    spared = full.moments["step"]["weights"] - asked.moments["step"]["weights"]
+    assert spared == pytest.approx(matrices * (2 - (4 + 8 / 64 + 32 / 64 / 256) / 8), rel=1e-3)
     assert full.moments["step"]["dequantised"] == 0
     whole = predict(TrainConfig(beta=0.1), shallow, prompt_length=200)
     assert whole.moments["step"]["reference"] == whole.moments["step"]["weights"]
@@ -215,13 +215,12 @@ def test_the_command(capsys):
     parse(["memory", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--gpu", "4"])()
     out = capsys.readouterr().out
     config = replace(QLORA, model="Qwen/Qwen2.5-0.5B-Instruct", micro_batch_tokens=None, gradient_checkpointing=True)
-    rungs = fits(4, SMALL, config, prompt_length=200)
-    said = rungs[0].memory
+    said = predict(config, SMALL, prompt_length=200)
     assert f"needed at: {said.worst}" in out
     assert f"{said.peak / GIB:.1f} GiB" in out
     row = next(line for line in out.splitlines() if line.startswith("weights"))
     assert row.split()[1:] == [f"{said.moments['draw']['weights'] / 2**20:.0f}"] * 8
-    assert out.count(" yes") + out.count(" no\n") >= len(rungs)
+    assert all(rung in out for rung in ("as asked", "one response at a time", "half the generations", " yes"))
     for words, objection in (
         (["--gpu", "0"], "more than 0"),
         (["--lora-r", "0"], "4-bit"),
