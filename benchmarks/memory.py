@@ -45,7 +45,7 @@ SETTINGS = TrainConfig(num_prompts=2, num_generations=4, num_minibatches=2, max_
 QLORA = {"load_in_4bit": True, "lora_r": 16}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "all weights, one pass": ("llama", 30, {}),
-    "all weights, micro-batches": ("llama", 30, {"micro_batch_size": 2}),
+    "all weights, micro-batches": ("llama", 30, {"micro_batch_size": 2, "chunk_size": 100}),
     "tied output layer": ("qwen2", 30, {"micro_batch_size": 1}),
     "large vocabulary, chunks": ("qwen3", 20, {"chunk_size": 32}),
     "activations": ("llama-flat", 200, {"max_completion_length": 128}),
@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "reference copy": ("qwen2", 30, {"beta": 0.1, "micro_batch_size": 1}),
     "adapter": ("qwen2", 60, {"lora_r": 16}),
     "adapter, recomputed": ("qwen2", 60, {"lora_r": 16, "gradient_checkpointing": True}),
+    "adapter, thin and deep": ("llama-flat", 200, {"lora_r": 1, "gradient_checkpointing": True}),
     "adapter in bfloat16": ("qwen2", 60, {"lora_r": 16, "dtype": "bfloat16"}),
     "4-bit": ("qwen2", 60, QLORA),
     "4-bit, recomputed": ("qwen2", 60, QLORA | {"gradient_checkpointing": True}),

@@ -51,7 +51,7 @@ CASES = (
     "all weights, micro-batches",
     "large vocabulary, chunks",
     "activations, recomputed",
-    "adapter, recomputed",
+    "adapter, thin and deep",
     "4-bit, one row at a time",
     "4-bit in bfloat16",
     "sliding windows",
@@ -66,14 +66,15 @@ def models(tmp_path_factory):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares with what a CPU's allocator hands out")
 @pytest.mark.parametrize("case", CASES)
 def test_predicted_is_measured(case, models):
-    """Real rollouts and updates of random models; what always stays to the byte, both phases within 10 %."""
-    shorter = {"max_completion_length": 12} | ({"num_prompts": 4} if case == "sliding windows" else {})
+    """Real rollouts and updates of random models; what always stays to the byte, both phases within 7 %."""
+    shorter = {"max_completion_length": 12} if "micro-batches" not in case else {}
+    shorter |= {"num_prompts": 4} if case == "sliding windows" else {}
     _, pairs = benchmark.compare(case, models, **shorter)
     for part in ("weights", "reference", "adapter", "optimizer"):
         said, was = pairs.pop(part)
         assert said == was, part
     for phase, (said, was) in pairs.items():
-        assert said == pytest.approx(was, rel=0.10), phase
+        assert said == pytest.approx(was, rel=0.07), phase
 
 
 def test_the_committed_table_is_within_15_percent_and_complete():
@@ -228,3 +229,20 @@ def test_the_command(capsys):
     ):
         with pytest.raises(UserError, match=objection):
             parse(["memory", *words])()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_by_hand(tied):
+    """A vocabulary of 10 and a width of 8: the output layer's gradient is 80 numbers, of which chunks make a second."""
+    shape = rehearsal.shape_of(
+        AutoConfig.for_model("llama", vocab_size=10, hidden_size=8, intermediate_size=4, num_hidden_layers=1,
+                             num_attention_heads=2, tie_word_embeddings=tied), TrainConfig(), torch.float32
+    )  # fmt: skip
+    total, own = 4 * sum(p.numel() for p in shape.parameters()), 4 * 80
+    assert memory.gradients(shape, first=True, chunked=False) == {
+        "loss": 0, "output": own, "last layer": own, "first layer": total, "step": total + 2 * own * tied
+    }  # fmt: skip
+    assert memory.gradients(shape, first=False, chunked=True) == {
+        "loss": total + own, "output": total + 2 * own, "last layer": total + own * tied,
+        "first layer": total + own * tied, "step": total + own + 2 * own * tied,
+    }  # fmt: skip
