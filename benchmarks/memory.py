@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3": {"model_type": "gemma3_text", "vocab_size": 64_000, "intermediate_size": 1024, "num_hidden_layers": 7,
                "head_dim": 128, "num_key_value_heads": 1, "sliding_window": 64},
 }  # fmt: skip
-SETTINGS = TrainConfig(num_prompts=2, num_generations=4, num_minibatches=2, max_completion_length=64, eval_problems=8)
+SETTINGS = TrainConfig(num_prompts=2, num_generations=4, num_minibatches=2, max_completion_length=64, eval_problems=1)
 QLORA = {"load_in_4bit": True, "lora_r": 16}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "all weights, one pass": ("llama", 30, {}),
@@ -53,6 +53,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "reference copy": ("qwen2", 30, {"beta": 0.1, "micro_batch_size": 1}),
     "adapter": ("qwen2", 60, {"lora_r": 16}),
     "adapter, recomputed": ("qwen2", 60, {"lora_r": 16, "gradient_checkpointing": True}),
+    "many prompts": ("llama-flat", 200, {"lora_r": 8, "num_prompts": 8, "num_generations": 2,
+                                         "max_completion_length": 12, "micro_batch_size": 2}),
     "adapter, thin and deep": ("llama-flat", 200, {"lora_r": 1, "gradient_checkpointing": True}),
     "adapter in bfloat16": ("qwen2", 60, {"lora_r": 16, "dtype": "bfloat16"}),
     "4-bit": ("qwen2", 60, QLORA),

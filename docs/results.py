@@ -1,10 +1,11 @@
-r"""Puts the numbers into docs/results.md: `python docs/results.py`. A test checks that they are the tables' own.
+r"""Puts the numbers into the pages of docs/: `python docs/results.py`. A test checks that they are the tables' own.
 
-In the page, a number stands between marks that say where it comes from, and so does a table:
+In a page, a number stands between marks that say where it comes from, and so does a table:
 
     <!--map | CPGD | healthy share of the map-->58 % [50, 67]<!--/-->      a cell: study | row | column
     <!--map-->...<!--/-->                                                  the whole summary of a study
     <!--made-->...<!--/-->                                                 what each study took
+    <!--merging-->, <!--memory-->                                          a benchmark, from benchmarks/results/
 """
 
 import json
@@ -17,7 +18,7 @@ import pandas as pd
 from minicpgd.summary import SUMMARIES
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "results.md"
+PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "qlora.md"]
 MARKED = re.compile(r"<!--(?P<source>[^>]+?)-->(?P<value>.*?)<!--/-->", re.DOTALL)
 
 
@@ -33,8 +34,8 @@ def value_of(source: str) -> str:
     Raises:
         KeyError: no such study, row or column.
     """
-    if source == "made":
-        return markdown(made())
+    if source in BENCHMARKS:
+        return markdown(BENCHMARKS[source]())
     study, *cell = (part.strip() for part in source.split(" | "))
     table = summary(study)
     if cell:
@@ -55,6 +56,38 @@ def made() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def merging() -> pd.DataFrame:
+    """What becomes of an adapter, by learning rate and where it was merged: means over the seeds."""
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "merging.csv")
+    rows = table.groupby(["learning_rate", "merged into"], sort=False).mean().reset_index()
+    return pd.DataFrame(
+        {
+            "learning rate": rows["learning_rate"].map("{:g}".format),
+            "merged into": rows["merged into"],
+            "same answers": rows["same answers"].map("{:.0%}".format),
+            "accuracy, trained": rows["accuracy trained"].map("{:.2f}".format),
+            "accuracy, merged": rows["accuracy merged"].map("{:.2f}".format),
+            "off by": rows["off by"].map("{:.2f}".format),
+        }
+    )
+
+
+def memory() -> pd.DataFrame:
+    """Predicted and measured peaks of both phases."""
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "memory.csv")
+    rows = []
+    for case, parts in table[table["part"].isin(["rollout", "update"])].groupby("case", sort=False):
+        row = {"settings": case}
+        for _, part in parts.iterrows():
+            row[f"{part['part']}, MiB"] = f"{part['measured_bytes'] / 2**20:.0f}"
+            row[f"{part['part']}, predicted"] = f"{part['predicted_bytes'] / 2**20:.0f} ({part['error']:+.0%})"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+BENCHMARKS = {"made": made, "merging": merging, "memory": memory}
+
+
 def markdown(table: pd.DataFrame) -> str:
     """A table as GitHub draws it, on lines of its own."""
     lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
@@ -67,4 +100,5 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(filled(path.read_text()))

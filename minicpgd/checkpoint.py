@@ -56,7 +56,9 @@ def save_checkpoint(
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         moments = optimizer.state.get(parameter, {})
-        tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        for name, value in moments.items():
+            shared = name.startswith("qmap")  # bitsandbytes' code book: one tensor for all, which safetensors refuses
+            tensors[f"optimizer.{i}.{name}"] = value.clone() if shared else torch.as_tensor(value)
     header = {"step": step, "extra": extra}
     header["digest"] = _digest(tensors, header)
     path = folder / f"step-{step:06d}.safetensors"

@@ -1,4 +1,4 @@
-"""The command line: what the user typed becomes a call of one of `commands.py`.
+"""The command line: what the user typed becomes a call of a command.
 
 What the user can put right is told in one line, with exit code 2.
 """
@@ -14,29 +14,56 @@ from typing import Annotated, Any
 
 import tyro
 
-from minicpgd import commands
+from minicpgd import commands, inspecting, planning
 from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import UserError
 from minicpgd.policy import quiet
+from minicpgd.recipes import KNOWN, load_recipe
+
+_RECIPE = f"""    recipe: settings for a real model on a real card: {", ".join(KNOWN)}, or a YAML file of your own.
+            Other flags win over it.
+"""
+_DRY_RUN = """        dry_run: say what would be done and needed, and do nothing.
+"""
 
 
 def parse(argv: list[str]) -> Callable[[], None]:
     """Let tyro read the command line; what it has to object to becomes one line."""
-    stored = TrainConfig()
-    if argv[:1] == ["train"] and "--resume" in argv[:-1]:  # what is not given then comes from the run itself
-        folder = Path(argv[argv.index("--resume") + 1])
-        if not (folder / "config.json").is_file():
-            raise UserError(f"cannot resume {folder}: there is no config.json in it")
-        stored = load_config(folder / "config.json")
+    stored = planning.USUAL if argv[:1] == ["memory"] else TrainConfig()
+    resumed, recipe = _value(argv, "--resume"), _value(argv, "--recipe")
+    if resumed and recipe:
+        raise UserError("--resume and --recipe: a run that goes on has its settings already; leave the recipe out")
+    if resumed:  # what is not given then comes from the run itself
+        if not (Path(resumed) / "config.json").is_file():
+            raise UserError(f"cannot resume {resumed}: there is no config.json in it")
+        stored = load_config(Path(resumed) / "config.json")
+    elif recipe:
+        stored = load_recipe(recipe).config
 
     def train_command(
-        config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = stored, resume: Path | None = None
+        config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = stored,
+        resume: Path | None = None,
+        recipe: str | None = None,
+        dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
     ) -> None:
-        commands.train(config, resume)
+        if dry_run:
+            planning.dry_run(config, load_recipe(recipe) if recipe else None)
+        else:
+            commands.train(config, resume)
 
-    train_command.__doc__ = commands.train.__doc__
-    known: dict[str, Callable[..., None]] = {"demo": commands.demo, "train": train_command}
-    known |= {name: getattr(commands, name) for name in ("evaluate", "sample", "study", "plot", "memory", "pretrain")}
+    def memory_command(
+        config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = stored,
+        recipe: str | None = None,
+        gpu: float | None = None,
+        prompt_length: int = planning.PROMPT_LENGTH,
+    ) -> None:
+        planning.memory(config, gpu, prompt_length)
+
+    train_command.__doc__ = (commands.train.__doc__ or "") + _RECIPE + _DRY_RUN
+    memory_command.__doc__ = (planning.memory.__doc__ or "") + _RECIPE
+    known: dict[str, Callable[..., None]] = {"demo": commands.demo, "train": train_command, "memory": memory_command}
+    known |= {c.__name__: c for c in (inspecting.evaluate, inspecting.sample, inspecting.export, inspecting.plot)}
+    known |= {c.__name__: c for c in (commands.study, commands.pretrain)}
     objection = io.StringIO()
     try:
         with contextlib.redirect_stderr(objection):
@@ -53,6 +80,15 @@ def parse(argv: list[str]) -> Callable[[], None]:
             command = argv[0] if argv and argv[0] in known else ""
             raise UserError(f"{words} (see minicpgd {command} --help)".replace("  ", " ")) from None
         raise
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """What follows a flag of `train` or `memory`, if it is there: from it the defaults of all others come."""
+    for word, following in zip(argv[1:], [*argv[2:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if argv[0] in ("train", "memory") and name == flag:
+            return value if equals else following
+    return None
 
 
 def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

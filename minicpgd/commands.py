@@ -1,10 +1,9 @@
-"""The commands: demo, train, evaluate, sample, study, plot, memory, pretrain.
+"""Commands that train: demo, train, study, pretrain.
 
 Each is a function; its arguments are its flags and its docstring is its help. Ctrl-C during training finishes the step,
 saves, and says how to go on.
 """
 
-import math
 import signal
 import sys
 from dataclasses import replace
@@ -12,18 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.markup import escape
 from rich.table import Table
 
 from minicpgd import demo as demo_
 from minicpgd import pretrain as pretrain_
-from minicpgd.architectures import model_config
+from minicpgd.card import write_card
 from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
-from minicpgd.evaluation import evaluate as evaluate_
-from minicpgd.evaluation import open_policy, respond
-from minicpgd.figures import save_figures, save_published, save_study_figures
-from minicpgd.memory import COMPONENTS, GIB, fits
+from minicpgd.figures import save_figures, save_study_figures
 from minicpgd.outcome import outcome
 from minicpgd.policy import load_policy
 from minicpgd.progress import Bars, console
@@ -32,7 +27,6 @@ from minicpgd.stats import WINDOW
 from minicpgd.studies import QUICK, STUDIES
 from minicpgd.study import run_all, run_study
 from minicpgd.summary import SUMMARIES, display_name
-from minicpgd.tasks import task_of
 from minicpgd.trainer import Listener
 from minicpgd.trainer import train as train_
 from minicpgd.warning import warning_study
@@ -131,61 +125,9 @@ def train(config: TrainConfig, resume: Path | None = None) -> None:
     if interrupted and reached < config.max_steps:  # model/ would not tell: a run that was made longer has one already
         console.print(f"stopped and saved. Go on with: minicpgd train --resume {folder}")
         sys.exit(128 + interrupted[0])
+    if config.lora_r:
+        write_card(folder / config.trained_as, folder)
     console.print(f"done: {folder}   (minicpgd evaluate {folder}; minicpgd plot {folder})")
-
-
-def evaluate(
-    run_or_model: tyro.conf.Positional[str] = "embedded",
-    /,
-    task: str | None = None,
-    num_problems: int = 256,
-    num_samples: int = 8,
-    seed: int = 0,
-) -> None:
-    """Measure a run or a model on held-out problems: greedy and sampled accuracy, pass@k, response length.
-
-    Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, or a hub name.
-        task: by default the run's, else chain_arithmetic.
-        num_problems: how many held-out problems.
-        num_samples: sampled responses per problem.
-        seed: chooses problems and samples.
-    """
-    result = evaluate_(run_or_model, task=task, num_problems=num_problems, num_samples=num_samples, seed=seed)
-    for name, value in result.items():
-        console.print(f"{name:<18} {value:8.3f}")
-
-
-def sample(
-    run_or_model: tyro.conf.Positional[str] = "embedded",
-    /,
-    num_problems: int = 12,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> None:
-    """Show held-out problems with a sampled response each, right ones green and wrong ones red.
-
-    Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, or a hub name.
-        num_problems: how many.
-        temperature: of the sampling; 0 takes the likeliest token each time.
-        seed: chooses problems and samples.
-    """
-    policy, config = open_policy(run_or_model)
-    task = task_of(config)
-    rollout, right = respond(
-        policy,
-        task,
-        num_problems,
-        int(temperature > 0),
-        max_completion_length=config.max_completion_length,
-        temperature=temperature or 1.0,
-        seed=seed,
-    )
-    for problem, text, ok in zip(task.held_out(num_problems, seed), rollout.completions, right[:, 0], strict=True):
-        mark, colour = ("right", "green") if ok else ("wrong", "red")
-        console.print(f"[{colour}]{mark}[/]  {escape(problem['prompt'])}[{colour}]{escape(text)}[/]")
-    console.print(f"{int(right.sum())} of {len(right)} right")
 
 
 def study(
@@ -234,96 +176,6 @@ def study(
     console.print(f"of the held-out problems right (minicpgd/stats.py).\n\ntable   {made / 'study.csv'}")
     for path in save_study_figures(made, name, made):
         console.print(f"figure  {path}")
-
-
-def plot(
-    runs: tyro.conf.Positional[list[Path]] = [],  # noqa: B006 (never changed)
-    /,
-    all: tyro.conf.FlagCreatePairsOff[bool] = False,
-    results: Path = Path("results"),
-    out: Path | None = None,
-) -> None:
-    """Draw the curves of one or more runs, or every published figure from the committed logs.
-
-    Args:
-        runs: folders of runs, up to seven.
-        all: every figure of README.md and docs/, from the committed logs.
-        results: where the committed logs are.
-        out: where the figures go; by default figures/, and docs/figures/ for all.
-    """
-    if all:
-        for path in save_published(results, out or Path("docs/figures")):
-            console.print(f"figure  {path}")
-        return
-    if not 1 <= len(runs) <= 7:
-        raise UserError(f"plot: {len(runs)} runs given; 1 to 7 can be told apart in one figure")
-    for path in save_figures(out or Path("figures"), runs):
-        console.print(f"figure  {path}")
-
-
-def memory(
-    model: str = "Qwen/Qwen2.5-1.5B-Instruct",
-    gpu: float | None = None,
-    prompt_length: int = 200,
-    num_prompts: int = 8,
-    num_generations: int = 8,
-    max_completion_length: int = 512,
-    num_minibatches: int = 4,
-    lora_r: int = 16,
-    load_in_4bit: bool = True,
-    gradient_checkpointing: bool = True,
-    micro_batch_tokens: int | None = None,
-    chunk_size: int | None = None,
-    optim: str = "auto",
-) -> None:
-    """Say where the memory of a training step goes, by component and moment, without loading a model.
-
-    Args:
-        model: a name that is known here or on the hub, or a folder with a config.json.
-        gpu: GB of a card; then also which settings fit on it.
-        prompt_length: tokens of the longest prompt.
-        num_prompts: prompts per rollout.
-        num_generations: responses per prompt.
-        max_completion_length: tokens a response may have; each is taken to be that long.
-        num_minibatches: parts that a rollout is cut into.
-        lora_r: rank of the adapter; 0 trains all weights.
-        load_in_4bit: keep the frozen weights in 4 bit.
-        gradient_checkpointing: recompute activations instead of keeping them.
-        micro_batch_tokens: tokens per forward pass of the update.
-        chunk_size: tokens whose logits exist at once.
-        optim: adamw or paged_adamw_8bit; auto takes the second for an adapter.
-    """
-    given = {name: value for name, value in locals().items() if name not in ("gpu", "prompt_length")}
-    if prompt_length < 1:
-        raise UserError(f"prompt_length = {prompt_length}: it has to be at least 1")
-    config, architecture = TrainConfig(**given), model_config(model)
-    rungs = fits(math.inf if gpu is None else gpu, architecture, config, prompt_length=prompt_length)
-    predicted = rungs[0].memory
-    table = Table(title=f"{model}: MiB at each moment of a step", title_justify="left", box=None, pad_edge=False)
-    for name in ("", *predicted.moments):
-        table.add_column(name, justify="right" if name else "left")
-    for name in COMPONENTS:
-        sizes = [own[name] / 2**20 for own in predicted.moments.values()]
-        if any(sizes):
-            table.add_row(name, *(f"{size:.0f}" if size else "" for size in sizes))
-    totals = {moment: f"{predicted.total(moment) / 2**20:.0f}" for moment in predicted.moments}
-    table.add_row("[bold]in all", *(f"[bold]{t}" if moment == predicted.worst else t for moment, t in totals.items()))
-    console.print(table)
-    console.print(
-        f"\nMost is needed at: {predicted.worst}. With {predicted.assumed / GIB:.1f} GiB for CUDA and its allocator,"
-        f"\nassumed, not measured: {predicted.peak / GIB:.1f} GiB."
-    )
-    if gpu is None:
-        return
-    ladder = Table(title=f"\nOn a card of {gpu:g} GB", title_justify="left", box=None, pad_edge=False)
-    for name in ("change", "rollout", "update", "in all", "fits"):
-        ladder.add_column(name, justify="left" if name == "change" else "right")
-    for rung in rungs:
-        sizes = (rung.memory.rollout, rung.memory.update, rung.memory.peak)
-        ladder.add_row(
-            rung.change, *(f"{size / GIB:.1f} GiB" for size in sizes), "[green]yes[/]" if rung.fits else "[red]no[/]"
-        )
-    console.print(ladder)
 
 
 def pretrain(folder: Path = Path("runs/embedded"), seed: int = 0, steps: int = pretrain_.STEPS) -> None:

@@ -4,7 +4,6 @@ Names are TRL's where TRL has the field, so what is learned here holds there. A 
 that exists can be run.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from typing import Literal, get_args
 
 from minicpgd.advantages import WEIGHTS
 from minicpgd.algorithms import AGGREGATIONS, ALGORITHMS, LEVELS
-from minicpgd.errors import ConfigError
+from minicpgd.errors import ConfigError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("auto", "adamw", "paged_adamw_8bit")
@@ -175,10 +174,7 @@ class TrainConfig:
         for name, known in choices.items():
             value = getattr(self, name)
             if value is not None and value not in known:
-                near = difflib.get_close_matches(value, known, n=3, cutoff=0.4)
-                near.sort(key=lambda name: sorted(name) != sorted(value))  # swapped letters first
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ConfigError(f"{name} = {value!r}: {hint}choose from {', '.join(known)}")
+                raise ConfigError(f"{name} = {value!r}: {did_you_mean(value, known)}choose from {', '.join(known)}")
 
     def _check_numbers(self) -> None:
         at_least_one = (

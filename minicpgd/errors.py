@@ -5,6 +5,9 @@ says what was wrong, where, and what would be right. The command line prints tha
 callers can catch it. Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """What was wrong, where (file, line, field), and what would be right, in one line."""
@@ -16,3 +19,10 @@ class ConfigError(UserError):
 
 class NonFiniteError(UserError):
     """A loss or a gradient stopped being a number; the policy was left as it was before that update."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'cpgd'? `, to go into such a line; empty where nothing known is near."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    near.sort(key=lambda other: sorted(other) != sorted(name))  # swapped letters first
+    return f"did you mean {near[0]!r}? " if near else ""

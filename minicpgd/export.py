@@ -1,13 +1,13 @@
 r"""Export: the adapter added into the model's weights, for whatever knows nothing of adapters.
 
-Added in full precision: $W + \frac{\alpha}{r}BA$. Not into the 4-bit weights: NF4 has 16 values, a step between two of
-them is as a rule larger than what the adapter changes, and rounding the sum to them again throws most of the
-training away (`docs/qlora.md` has numbers). Two weights can be added to:
+$W + \frac{\alpha}{r}BA$, in full precision. A run in 4 bit never saw the published $W$, but its rounded copy, so there
+are two weights to add to:
 
-- `full`, the model as its authors published it. The adapter was trained on rounded weights and meets others, so
-  answers may differ here and there; as a rule they are as good.
-- `dequantised`, the rounded weights as the training saw them, written out in full. The result computes what was
-  trained, to rounding, and is as large as the other.
+- `dequantised`: the rounded weights, written out in full. The result computes what was trained, to the last digits.
+- `full`: the weights as published. The model is a better one to begin with, the adapter was made for another.
+
+Never into the 4-bit weights themselves. Those lie on a grid of 16 values; a sum of theirs with something smaller than
+half a step is rounded back to where it was, and a gentle training is gone. In `docs/qlora.md` all this is measured.
 
 In: the folder of a finished LoRA run. Out: a folder that transformers loads, and by how much it differs.
 """
@@ -45,13 +45,13 @@ class Exported:
     accuracy_exported: float
 
 
-def export(run: Path, folder: Path, *, base: Base = "full", num_problems: int = 64) -> Exported:
+def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems: int = 64) -> Exported:
     """Merge a run's adapter into its model, save that, and measure the difference.
 
     Args:
         run: a finished run that trained an adapter.
         folder: where the model goes; must not exist yet.
-        base: the weights to add to; see above.
+        base: the weights to add to; see above. Of a run that was not in 4 bit they are the same.
         num_problems: held-out problems that both models answer.
 
     Raises:

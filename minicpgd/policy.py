@@ -165,7 +165,7 @@ def load_policy(
             loading["attn_implementation"] = "eager"  # Gemma 2 squashes its scores, which sdpa leaves out
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=number, **loading)
     except Exception as error:  # transformers raises its own kinds, safetensors another
-        raise UserError(_why_not(name, error)) from error
+        raise UserError(_why_not(name, attn_implementation, error)) from error
     keep_as_loaded(model)
     if not load_in_4bit:
         nn.Module.to(model, device)
@@ -211,9 +211,11 @@ def _look_into(source: str, name: str) -> None:
                 raise UserError(f"model = {name!r}: the folder has no {what}; {pattern} is needed")
 
 
-def _why_not(name: str, error: Exception) -> str:
+def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
     """One line for what kept a model from being loaded."""
     first_line = next(iter(str(error).strip().splitlines()), "").strip()
+    if attn_implementation != "auto" and "attention" in first_line.lower():
+        return f"attn_implementation = {attn_implementation!r}: {first_line} With auto, one that is there is taken"
     if Path(name).is_dir() or name == "embedded":
         return f"model = {name!r}: cannot be loaded: {first_line}"
     return (

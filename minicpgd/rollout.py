@@ -90,8 +90,8 @@ def generate(
     """
     model, was_training = policy.model, policy.model.training
     model.eval()
-    prompt_ids, prompt_mask = (t.repeat_interleave(num_generations, dim=0) for t in policy.encode(prompts))
-    batch, device = len(prompt_ids), policy.device
+    prompt_ids, prompt_mask = policy.encode(prompts)
+    batch, device = len(prompt_ids) * num_generations, policy.device
     ids = torch.full((batch, max_completion_length), policy.pad_id, device=device)
     logp = torch.zeros(batch, max_completion_length, device=device)
     entropy = torch.zeros_like(logp)
@@ -101,7 +101,9 @@ def generate(
     truncated = torch.zeros(batch, dtype=torch.bool, device=device)
     for rows in torch.arange(batch, device=device).split(batch_size or batch):  # finished ones leave
         running = torch.ones(len(rows), dtype=torch.bool, device=device)  # of those, the ones without an end yet
-        attention, cache, new = prompt_mask[rows], DynamicCache(config=model.config), prompt_ids[rows]
+        # a group's prompt is read once, and what it left in the cache handed to each of the group
+        asked, group = torch.unique_consecutive(rows // num_generations, return_inverse=True)
+        attention, cache, new = prompt_mask[asked], DynamicCache(config=model.config), prompt_ids[asked]
         for t in range(max_completion_length):
             logits = model(
                 input_ids=new,
@@ -111,6 +113,9 @@ def generate(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
+            if t == 0:
+                cache.batch_select_indices(group)
+                logits, attention = logits[group], attention[group]
             logits = logits.float() / temperature
             token = _draw(logits, top_k, top_p, generator)
             token_logp, token_entropy = logp_and_entropy(logits, token)
@@ -133,8 +138,8 @@ def generate(
 
     longest = int(lengths.max())
     return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
+        prompt_ids=prompt_ids.repeat_interleave(num_generations, dim=0),
+        prompt_mask=prompt_mask.repeat_interleave(num_generations, dim=0),
         completion_ids=ids[:, :longest],
         mask=torch.arange(longest, device=device) < lengths[:, None],
         lengths=lengths,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from minicpgd import TrainConfig, UserError, memory, plots, rehearsal
+from minicpgd import TrainConfig, UserError, memory, planning, plots, rehearsal
 from minicpgd.architectures import known_architectures, model_config
 from minicpgd.cli import parse
 from minicpgd.memory import GIB, fits, kv_cache, predict
@@ -29,7 +29,13 @@ PUBLISHED = {
     "google/gemma-3-1b-it": 999_885_952,
 }
 QLORA = TrainConfig(
-    load_in_4bit=True, lora_r=16, num_prompts=8, num_generations=8, max_completion_length=512, micro_batch_tokens=4096
+    load_in_4bit=True,
+    lora_r=16,
+    num_prompts=8,
+    num_generations=8,
+    max_completion_length=512,
+    micro_batch_tokens=4096,
+    eval_problems=8,
 )
 SMALL = model_config("Qwen/Qwen2.5-0.5B-Instruct")
 
@@ -51,6 +57,7 @@ CASES = (
     "all weights, micro-batches",
     "large vocabulary, chunks",
     "activations, recomputed",
+    "many prompts",
     "adapter, thin and deep",
     "4-bit, one row at a time",
     "4-bit in bfloat16",
@@ -212,23 +219,25 @@ def test_the_bars():
 
 
 def test_the_command(capsys):
-    """Every moment and component of the prediction, and the ladder; bad input in one line."""
-    parse(["memory", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--gpu", "4"])()
+    """The prediction's totals, and the ladder; bad input in one line."""
+    parse(["memory", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--gpu", "4", "--prompt-length", "200"])()
     out = capsys.readouterr().out
-    config = replace(QLORA, model="Qwen/Qwen2.5-0.5B-Instruct", micro_batch_tokens=None, gradient_checkpointing=True)
-    said = predict(config, SMALL, prompt_length=200)
-    assert f"needed at: {said.worst}" in out
+    said = predict(replace(planning.USUAL, model="Qwen/Qwen2.5-0.5B-Instruct"), SMALL, prompt_length=200)
     assert f"{said.peak / GIB:.1f} GiB" in out
-    row = next(line for line in out.splitlines() if line.startswith("weights"))
-    assert row.split()[1:] == [f"{said.moments['draw']['weights'] / 2**20:.0f}"] * 8
-    assert all(rung in out for rung in ("as asked", "one response at a time", "half the generations", " yes"))
-    for words, objection in (
-        (["--gpu", "0"], "more than 0"),
-        (["--lora-r", "0"], "4-bit"),
-        (["--optim", "x"], "optim"),
-    ):
+    assert all(rung in out for rung in ("as asked", "one response at a time", "half the generations", "yes"))
+    for words, objection in (("--gpu 0", "more than 0"), ("--lora-r 0", "4-bit"), ("--optim x", "optim")):
         with pytest.raises(UserError, match=objection):
-            parse(["memory", *words])()
+            parse(["memory", *words.split()])()
+
+
+def test_what_is_generated_at_once():
+    """64 responses to 8 prompts; an evaluation of 20 problems has a prompt for each; both in batches."""
+    config = replace(QLORA, eval_problems=20)
+    assert memory.rollout_batch(config) == (64, 20)
+    assert memory.rollout_batch(replace(config, eval_problems=1)) == (64, 8)
+    assert memory.rollout_batch(replace(config, eval_problems=100)) == (100, 100)
+    assert memory.rollout_batch(replace(config, rollout_batch_size=16)) == (16, 16)
+    assert memory.rollout_batch(replace(config, rollout_batch_size=16, eval_problems=1)) == (16, 2)
 
 
 @pytest.mark.parametrize("tied", [True, False])

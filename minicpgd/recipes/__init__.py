@@ -1,1 +1,83 @@
-"""Files that settings come from: known architectures, recipes."""
+"""Recipes: settings for a real model on a real card, each a small YAML file beside this one.
+
+`minicpgd train --recipe qwen2.5-0.5b-8gb` takes one; a file of your own goes by its path. Each line under `train` is a
+flag of `minicpgd train`, and a flag on the command line wins over it. `expect` says what memory it is expected to take,
+and on what basis.
+
+In: a name or a path. Out: a `Recipe`.
+"""
+
+import difflib
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minicpgd.config import TrainConfig
+from minicpgd.errors import ConfigError
+
+FOLDER = Path(str(files("minicpgd") / "recipes"))
+KNOWN = sorted(path.stem for path in FOLDER.glob("*gb.yaml"))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings, and the memory they are expected to take; the expectation is None where the file has none."""
+
+    config: TrainConfig
+    card_gib: float | None = None
+    peak_gib: float | None = None
+    basis: str | None = None
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name: of one that ships, or the path of a YAML file.
+
+    Raises:
+        ConfigError: there is none, or it is not what a recipe should be; the line names file and field.
+    """
+    path = FOLDER / f"{name}.yaml" if name in KNOWN else Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, KNOWN, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"recipe = {name!r}: {hint}choose from {', '.join(KNOWN)}, or give a YAML file's path")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    train, expect = _sections(path, content)
+    floats = {field.name for field in fields(TrainConfig) if field.type in (float, float | None)}
+    for key in floats & set(train):
+        train[key] = _number(train[key])
+    try:
+        return Recipe(TrainConfig(**train), **expect)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: train: {error}") from error
+
+
+def _sections(path: Path, content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two of a recipe, their fields known."""
+    if not isinstance(content, dict) or not isinstance(content.get("train"), dict):
+        raise ConfigError(f"{path}: a recipe has a section `train:` with settings indented below it")
+    sections = {"train": TrainConfig, "expect": Recipe}
+    for section, values in content.items():
+        if section not in sections or not isinstance(values, dict):
+            raise ConfigError(f"{path}: {section}: sections are `train:` and `expect:`, with settings indented below")
+        known = {field.name for field in fields(sections[section])} - {"config"}
+        for key in set(values) - known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(f"{path}: {section}: {key}: no such setting" + (f"; {near[0]}?" if near else ""))
+    return content["train"], content.get("expect", {})
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-5 as text: it wants 1.0e-5."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

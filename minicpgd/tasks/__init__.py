@@ -1,23 +1,38 @@
 """Tasks: where problems come from, and which answers are right.
 
-A task is an object with the four members of `Task`; `TASKS` names those that ship. A problem is a dataset row: a dict
+A task is an object with the members of `Task`; `TASKS` names those that ship. A problem is a dataset row: a dict
 with `prompt` and whatever columns the reward needs.
 """
 
 import random
-from collections.abc import Callable
 from typing import Protocol
 
 from minicpgd.config import TrainConfig
 from minicpgd.errors import ConfigError
 from minicpgd.rewards import RewardFunction
 from minicpgd.tasks.chain_arithmetic import ChainArithmetic
+from minicpgd.tasks.gsm8k import Gsm8k
+from minicpgd.tasks.jsonl import Jsonl
 
 
 class Task(Protocol):
     """What the training loop asks of a task."""
 
     reward: RewardFunction
+
+    def __init__(self, data: str | None, instruction: str | None) -> None:
+        """Load the problems.
+
+        Args:
+            data: a local file or folder, for the tasks that take one.
+            instruction: added below each problem, in place of the task's own; "" for none.
+        """
+        ...
+
+    @staticmethod
+    def source(data: str | None) -> str:
+        """In one line, where the problems come from; nothing is loaded. Raises UserError where they are not."""
+        ...
 
     def sample(self, num_problems: int, rng: random.Random) -> list[dict[str, str]]:
         """Fresh training problems, decided by `rng` alone."""
@@ -32,12 +47,22 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Callable[[str | None, str | None], Task]] = {"chain_arithmetic": ChainArithmetic}
+TASKS: dict[str, type[Task]] = {"chain_arithmetic": ChainArithmetic, "gsm8k": Gsm8k, "jsonl": Jsonl}
 
 
 def task_of(config: TrainConfig) -> Task:
     """The task that a config names, with its data."""
     return get_task(config.task, data=config.data, instruction=config.instruction)
+
+
+def describe_data(config: TrainConfig) -> str:
+    """In one line, where a run's problems will come from; nothing is loaded or downloaded.
+
+    Raises:
+        ConfigError: there is no such task.
+        UserError: `config.data` is not there.
+    """
+    return _task_class(config.task).source(config.data)
 
 
 def get_task(name: str, *, data: str | None = None, instruction: str | None = None) -> Task:
@@ -49,7 +74,12 @@ def get_task(name: str, *, data: str | None = None, instruction: str | None = No
 
     Raises:
         ConfigError: there is none; the line names those there are.
+        UserError: its data cannot be had, or cannot be used.
     """
+    return _task_class(name)(data, instruction)
+
+
+def _task_class(name: str) -> type[Task]:
     if name not in TASKS:
         raise ConfigError(f"task = {name!r}: there is no such task; choose from {', '.join(TASKS)}")
-    return TASKS[name](data, instruction)
+    return TASKS[name]

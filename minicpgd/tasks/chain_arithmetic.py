@@ -61,6 +61,11 @@ class ChainArithmetic:
             if value is not None:
                 raise ConfigError(f"{name} = {value!r}: chain_arithmetic makes its own problems; leave it out")
 
+    @staticmethod
+    def source(data: str | None) -> str:
+        """None are needed."""
+        return "made on the spot"
+
     def sample(self, num_problems: int, rng: random.Random) -> list[dict[str, str]]:
         """Training problems: never one that is held out."""
         return self._draw(num_problems, rng, held_out=False)

@@ -1,0 +1,125 @@
+"""Commands for before a run: `memory`, what fits on a card, and `train --dry-run`, what would be done.
+
+In: settings. Out: tables on the terminal. Nothing is loaded, nothing is downloaded but at most a model's config.json.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from rich.table import Table
+
+from minicpgd import rehearsal
+from minicpgd.architectures import model_config
+from minicpgd.config import TrainConfig
+from minicpgd.errors import UserError
+from minicpgd.memory import COMPONENTS, GIB, ROLLOUT, UPDATE, Memory, fits, predict
+from minicpgd.progress import console
+from minicpgd.recipes import Recipe
+from minicpgd.tasks import describe_data
+
+USUAL = TrainConfig(
+    model="Qwen/Qwen2.5-1.5B-Instruct", load_in_4bit=True, lora_r=16, gradient_checkpointing=True, num_prompts=8,
+    num_generations=8, max_completion_length=512, rollout_batch_size=64,
+)  # fmt: skip
+PROMPT_LENGTH = 300  # tokens; a long problem of gsm8k in a chat template has about 250
+
+
+def memory(config: TrainConfig, gpu: float | None = None, prompt_length: int = PROMPT_LENGTH) -> None:
+    """Say where the memory of a training step goes, by component, and what fits on a card; no weights are loaded.
+
+    Args:
+        gpu: GB of a card; then also which settings fit on it.
+        prompt_length: tokens of the longest prompt; responses are taken to be as long as they may be.
+    """
+    if prompt_length < 1:
+        raise UserError(f"prompt_length = {prompt_length}: it has to be at least 1")
+    architecture = model_config(config.model)
+    rungs = fits(math.inf if gpu is None else gpu, architecture, config, prompt_length=prompt_length)
+    console.print(f"{config.model}, prompts of {prompt_length} tokens, responses of {config.max_completion_length}\n")
+    _show(rungs[0].memory)
+    if gpu is None:
+        return
+    ladder = Table(title=f"\nOn a card of {gpu:g} GB", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("each line changes one thing more", "rollout", "update", "in all", "fits"):
+        ladder.add_column(name, justify="right" if name in ("rollout", "update", "in all") else "left")
+    for rung in rungs:
+        sizes = (rung.memory.rollout, rung.memory.update, rung.memory.peak)
+        fitting = "[green]yes[/]" if rung.fits else "[red]no[/]"
+        ladder.add_row(rung.change, *(f"{size / GIB:.1f} GiB" for size in sizes), fitting)
+    console.print(ladder)
+
+
+def dry_run(config: TrainConfig, recipe: Recipe | None = None) -> None:
+    """Say what a run would do and need, without downloading or loading a model.
+
+    Raises:
+        UserError: the model is unknown, or the data are not where they should be.
+    """
+    architecture = model_config(config.model)
+    on_card = torch.cuda.is_available() or config.load_in_4bit
+    shape = rehearsal.shape_of(architecture, config, torch.bfloat16)
+    sizes = {kind: sum(p.numel() for p in shape.parameters() if p.requires_grad == kind) for kind in (True, False)}
+    weights = f"{sizes[False] / 1e6:,.0f} M frozen weights{' in 4-bit NF4' if config.load_in_4bit else ''}"
+    adapter = f"a LoRA adapter of rank {config.lora_r}, {sizes[True] / 1e6:.1f} M parameters, on {weights}"
+    plan = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    rows = {
+        "model": f"{config.model}; {_whereabouts(config.model, sizes[False] or sizes[True])}",
+        "trained": adapter if config.lora_r else f"all {sizes[True] / 1e6:,.1f} M weights",
+        "problems": describe_data(config),
+        "reward": config.reward or "the task's own",
+        "steps": f"{config.max_steps} rollouts of {config.num_prompts} x {config.num_generations} responses of at most "
+        f"{config.max_completion_length} tokens; {config.updates_per_rollout} updates on each, by {config.algorithm}",
+        "goes to": f"{config.folder}/",
+    }
+    for name, value in rows.items():
+        plan.add_row(name, value)
+    console.print(plan, "", sep="\n")
+    length = PROMPT_LENGTH if config.task != "chain_arithmetic" else 16
+    predicted = predict(config, architecture, prompt_length=length, device="cuda" if on_card else "cpu")
+    console.print(f"Memory {'on a card' if on_card else 'on this CPU'}, predicted for prompts of {length} tokens:\n")
+    _show(predicted)
+    if recipe and recipe.peak_gib:
+        note = f"The recipe expects {recipe.peak_gib:g} GiB of {recipe.card_gib:g}: {recipe.basis}."
+        console.print(
+            note if config == recipe.config else f"{note} That is for its own settings; some are changed here."
+        )
+    console.print("Nothing was downloaded or written. Without --dry-run it starts.")
+
+
+def _show(predicted: Memory) -> None:
+    """A table of components, at the largest moment of each phase."""
+    moments = {
+        phase: max(moments, key=predicted.total) for phase, moments in (("rollout", ROLLOUT), ("update", UPDATE))
+    }
+    totals = [predicted.total(moment) + predicted.assumed for moment in moments.values()]
+    unit, size_of_unit, digits = ("GiB", GIB, 2) if max(totals) > GIB / 2 else ("MiB", 2**20, 1)
+
+    def shown(sizes: Iterable[float]) -> list[str]:
+        return [f"{size / size_of_unit:.{digits}f}" if size else "" for size in sizes]
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in (unit, *moments, ""):
+        table.add_column(name, justify="right" if name in moments else "left")
+    for name, meaning in COMPONENTS.items():
+        sizes = [predicted.moments[moment][name] for moment in moments.values()]
+        if any(sizes):
+            table.add_row(name, *shown(sizes), f"[dim]{meaning}")
+    if predicted.assumed:
+        both = shown([predicted.assumed] * 2)
+        table.add_row("CUDA itself", *both, "[dim]its context, gaps between blocks; assumed, not measured")
+    table.add_row("[bold]in all", *(f"[bold]{total}" for total in shown(totals)), "at the worst moment of each phase")
+    console.print(table)
+
+
+def _whereabouts(name: str, parameters: int) -> str:
+    if name == "embedded":
+        return "comes with minicpgd"
+    if Path(name).is_dir():
+        return "a local folder"
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in weights):
+        return "in this machine's cache"
+    return f"to be downloaded from the hub, about {parameters * 2 / 1e9:.1f} GB"

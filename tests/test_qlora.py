@@ -1,0 +1,366 @@
+"""QLoRA: a frozen model in 4 bit, an adapter that learns, and what becomes of it afterwards."""
+
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from minicpgd import ALGORITHMS, TrainConfig, UserError, evaluate, load_run, train
+from minicpgd.evaluation import open_policy, respond
+from minicpgd.export import dequantised, export
+from minicpgd.learner import Learner
+from minicpgd.logprobs import token_logprobs
+from minicpgd.policy import EMBEDDED, Policy, load_policy, policy_of
+from minicpgd.qlora import choose_dtype
+from minicpgd.rollout import generate
+from minicpgd.study import run_all
+from minicpgd.tasks import get_task, task_of
+from minicpgd.trainer import Listener
+
+QLORA = {"load_in_4bit": True, "lora_r": 16}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three seeds of the embedded model, 30 steps, as a user would run them: each in a process."""
+    folder = str(tmp_path_factory.mktemp("qlora"))
+    common = {**QLORA, "learning_rate": 1e-4, "max_steps": 30, "eval_steps": 30}
+    configs = [TrainConfig(output_dir=f"{folder}/{seed}", seed=seed, **common) for seed in range(3)]
+    return list(run_all(configs, on_wait=lambda: None))
+
+
+def prompts(n, seed=0):
+    return [p["prompt"] for p in get_task("chain_arithmetic").sample(n, random.Random(seed))]
+
+
+def roll(policy, n=8, group=4, seed=0, **changes):
+    generator = torch.Generator().manual_seed(seed)
+    return generate(policy, prompts(n), group, generator=generator, **({"max_completion_length": 40} | changes))
+
+
+def test_it_learns(trained):
+    for run in trained:
+        accuracy = load_run(run).metrics["eval_accuracy"]
+        assert accuracy[0] < 0.3
+        assert accuracy[-1] >= 0.9, (run, accuracy[-1])
+
+
+def test_only_the_adapter_is_trained_and_saved(trained):
+    run = trained[0]
+    policy, _ = open_policy(run)
+    fresh = load_policy("embedded", **QLORA)
+    names = [n for n, p in fresh.model.named_parameters() if p.requires_grad]
+    assert names
+    assert all("lora_" in n for n in names)
+    assert {p.dtype for p in fresh.model.parameters() if p.requires_grad} == {torch.float32}
+    ours, theirs = (dequantised(p.peft.get_base_model()) for p in (policy, fresh))
+    assert len(ours) == 14  # seven linear layers in each of two blocks
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    checkpoint = run / "checkpoints" / "step-000030.safetensors"
+    with safe_open(checkpoint, "pt") as file:
+        stored = set(file.keys())
+    assert {name for name in stored if name.startswith("model.")} == {f"model.{n}" for n in names}
+    assert all(name.startswith(("model.", "optimizer.")) for name in stored)
+    assert sorted(p.name for p in (run / "adapter").iterdir() if "token" not in p.name) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert not (run / "model").exists()
+
+
+def test_peft_loads_the_adapter(trained):
+    """With nothing of ours: PEFT on the model in full precision; the same numbers as our loading gives."""
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(EMBEDDED), trained[0] / "adapter").eval()
+    config = load_run(trained[0]).config
+    ours = policy_of(replace(config, load_in_4bit=False), adapter=trained[0] / "adapter")
+    plain = load_policy("embedded")
+    ids, mask = ours.encode(prompts(4))
+    with torch.no_grad():
+        a, b, c = (m.eval()(input_ids=ids, attention_mask=mask).logits for m in (theirs, ours.model, plain.model))
+    torch.testing.assert_close(a, b)
+    assert (a - c).abs().max() > 1
+    assert evaluate(trained[0], num_problems=32, num_samples=1)["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("base", ["full", "dequantised"])
+def test_the_exported_model_answers_the_same(base, trained, tmp_path):
+    """All of 128 answers from the weights that were trained on; nearly all from the others, and as many are right."""
+    result = export(trained[0], tmp_path / "out", base=base, num_problems=128)
+    assert result.rounding < 1e-3
+    assert result.accuracy_trained >= 0.9
+    assert abs(result.accuracy_exported - result.accuracy_trained) <= 0.05
+    if base == "dequantised":
+        assert result.same_answers == 1
+        assert result.mean_difference < 1e-6
+    else:
+        assert 0.8 < result.same_answers < 1
+        assert 1e-4 < result.mean_difference < 0.05
+    # the folder alone, with transformers alone
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    policy, config = open_policy(trained[0])
+    exported = Policy(alone, policy.tokenizer)
+    answers = [respond(p, task_of(config), 128, max_completion_length=64)[0].completions for p in (policy, exported)]
+    assert sum(map(str.__eq__, *answers)) / 128 == result.same_answers
+
+
+def test_four_bit_weights_swallow_a_gentle_adapter(trained):
+    """Why `export` does not merge into them: an adapter of a hundredth of the size is rounded away."""
+    policy, _ = open_policy(trained[0])
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            parameter.mul_(0.01 if "lora_B" in name else 1)
+    before = dequantised(policy.peft.get_base_model())
+    matrix = policy.peft.get_base_model().model.layers[0].mlp.up_proj
+    delta = matrix.get_delta_weight("default")
+    with warnings.catch_warnings(action="ignore"):
+        merged = policy.peft.merge_and_unload()
+    arrived = dequantised(merged)["model.layers.0.mlp.up_proj"] - before["model.layers.0.mlp.up_proj"]
+    assert abs((arrived * delta).sum() / delta.square().sum()) < 0.2  # 1 if all of it had arrived
+
+
+def stop_after(steps):
+    seen = []
+    return Listener(step=lambda s, *_: seen.append(s), stop=lambda: len(seen) >= steps)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"optim": "paged_adamw_8bit", "lora_r": 64}, {"beta": 0.1, "load_in_4bit": False}]
+)
+def test_resume_is_bit_for_bit(changes, small):
+    """Also with moments in 8 bit: at rank 64 the larger matrices have them."""
+    changes = QLORA | changes | {"max_steps": 4, "save_steps": 1, "num_iterations": 2, "learning_rate": 1e-3}
+    whole = train(small("whole", **changes))
+    folder = train(small(**changes), listener=stop_after(2))
+    assert not (folder / "adapter").exists()
+    train(small(**changes), resume=True)
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "checkpoints/step-000004.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    with safe_open(whole / "checkpoints/step-000004.safetensors", "pt") as file:
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    assert ("U8" in kinds) == ("optim" in changes)
+
+
+def test_the_reference_is_the_model_without_its_adapter(small):
+    learner = Learner.from_config(small(beta=0.1, **QLORA))
+    assert learner.policy.copied is None
+    with torch.no_grad():
+        for name, parameter in learner.policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    rollout = roll(learner.policy)
+    ref = learner._reference_logp(rollout)
+    plain = learner._score(load_policy("embedded", load_in_4bit=True).model, rollout)
+    torch.testing.assert_close(ref, plain)
+    assert (ref - rollout.logp)[rollout.mask].abs().max() > 0.1  # the adapter is on again, and was on when sampling
+    torch.testing.assert_close(learner._score(learner.policy.model, rollout), rollout.logp, atol=1e-4, rtol=1e-4)
+
+
+def words(n):
+    """A tokenizer with n ids, the embedded model's characters among them."""
+    vocabulary = {t: i for i, t in enumerate(["<pad>", "<eos>", *"0123456789+-*=,#"])}
+    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), n)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def folder_of_random_weights(request, tmp_path_factory):
+    shape = {
+        "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "pad_token_id": 0, "eos_token_id": 1,
+        "bos_token_id": None, "tie_word_embeddings": request.param == "qwen3",
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = (
+        LlamaForCausalLM(LlamaConfig(**shape)) if request.param == "llama" else Qwen3ForCausalLM(Qwen3Config(**shape))
+    )
+    folder = tmp_path_factory.mktemp(request.param)
+    Policy(model, words(32_000)).save(folder / "model")
+    return folder / "model"
+
+
+def longer_is_better(prompts, completions, **_):
+    return [len(c) / 50 + (i % 3) for i, c in enumerate(completions)]
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder_of_random_weights, small):
+    """Two steps of every algorithm on a model of another architecture, in 4 bit: the same gradients, bit for bit."""
+    common = {**QLORA, "model": str(folder_of_random_weights), "max_completion_length": 5, "num_minibatches": 1}
+    common |= {"learning_rate": 1e-3, "num_generations": 3}
+    learners = [Learner.from_config(small(gradient_checkpointing=on, **common)) for on in (False, True)]
+    decoders_ = [learner.policy.model.get_decoder() for learner in learners]
+    assert [d.layers[0].gradient_checkpointing for d in decoders_] == [False, True]
+    start = [p.detach().clone() for p in learners[0].policy.model.parameters() if p.requires_grad]
+    for name, algorithm in ALGORITHMS.items():
+        gradients = []
+        for learner in learners:
+            parameters = [p for p in learner.policy.model.parameters() if p.requires_grad]
+            with torch.no_grad():
+                for parameter, value in zip(parameters, start, strict=True):
+                    parameter.copy_(value)
+            optimizer = torch.optim.AdamW(parameters, 1e-3)
+            seen = []
+            optimizer.register_step_pre_hook(
+                lambda o, *_, seen=seen: seen.append([p.grad.clone() for p in o.param_groups[0]["params"]])
+            )
+            config = replace(learner.config, algorithm=name)
+            run = replace(learner, algorithm=algorithm, config=config, reward=longer_is_better, optimizer=optimizer)
+            for step in (1, 2):
+                run.step(step)
+            gradients.append(seen)
+        assert len(gradients[0]) == 2
+        for plain, checkpointed in zip(*gradients, strict=True):
+            assert max(g.abs().max() for g in plain) > 1e-5, name
+            for a, b in zip(plain, checkpointed, strict=True):
+                torch.testing.assert_close(a, b, atol=0, rtol=0, msg=name)
+
+
+def test_half_precision_is_scored_again(small):
+    """Sampler and scorer round differently in bfloat16; the first update of a step sees ratios of 1 all the same."""
+    learner = Learner.from_config(small(dtype="bfloat16", num_minibatches=1, **QLORA))
+    raw = roll(learner.policy)
+    off = (learner._score(learner.policy.model, raw) - raw.logp)[raw.mask].exp() - 1
+    assert 1e-3 < off.abs().max() < 0.2
+    metrics = learner.step(1).metrics
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1
+
+
+def test_float16_gradients_survive(small):
+    """Scaled, they are those of float32 to half precision's rounding; without the scale small ones vanish."""
+    gradients = {}
+    for dtype in ("float32", "float16"):
+        learner = Learner.from_config(small(dtype=dtype, num_minibatches=1, max_grad_norm=1e9, **QLORA))
+        rollout = roll(load_policy("embedded"))  # the same tokens for both
+        rollout = replace(rollout, logp=learner._score(learner.policy.model, rollout))
+        learner.optimizer.register_step_pre_hook(
+            lambda o, *_, d=dtype: gradients.update({d: [p.grad.clone() for p in o.param_groups[0]["params"]]})
+        )
+        advantages = 1e-3 * torch.linspace(-1, 1, len(rollout.lengths))  # small, as late in training
+        learner.update(rollout, advantages, None, torch.arange(len(rollout.lengths)))
+    flat = {dtype: torch.cat([g.flatten() for g in each]) for dtype, each in gradients.items()}
+    assert torch.cosine_similarity(flat["float16"], flat["float32"], dim=0) > 0.999
+    assert abs(flat["float16"].norm() / flat["float32"].norm() - 1) < 0.02
+
+
+def test_dtypes_and_their_reasons(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    for has_it, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        number, reason = choose_dtype("auto", adapter=True, device=cuda)
+        assert number == expected
+    assert "Tesla T4 has no bfloat16" in reason
+    assert choose_dtype("auto", adapter=True, device=cpu)[0] == torch.float32
+    assert choose_dtype("auto", adapter=False, device=cuda)[0] == torch.float32
+    assert choose_dtype("bfloat16", adapter=True, device=cpu)[0] == torch.bfloat16
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(None, 60), (None, 300), (3, 300), (2, None), (None, 1)])
+def test_micro_batches_fit_and_change_no_gradient(size, tokens, small, policy):
+    rollout = roll(policy)
+    rows = torch.randperm(32, generator=torch.Generator().manual_seed(0))[:20]
+    parts = rollout.micro_batches(rows, size, tokens)
+    assert sorted(torch.cat(parts).tolist()) == list(range(20))
+    for part in parts:
+        ids, mask, t = rollout.inputs(rows[part])
+        assert size is None or len(part) <= size
+        assert tokens is None or ids.numel() <= tokens or len(part) == 1
+        assert mask.sum(dim=1).max() <= ids.shape[1]
+        assert (mask[:, 0] == 1).any()  # no column is padding alone
+        assert (mask[:, -1] == 1).any()
+    if tokens == 300 and size is None:  # like goes with like: less padding
+        assert sum(rollout.inputs(rows[part])[0].numel() for part in parts) < 0.8 * rollout.inputs(rows)[0].numel()
+    gradients = []
+    for changes in ({}, {"micro_batch_size": size, "micro_batch_tokens": tokens}):
+        learner = Learner.from_config(small(max_grad_norm=1e9, **changes))
+        learner.optimizer.register_step_pre_hook(
+            lambda o, *_: gradients.append([p.grad.clone() for p in o.param_groups[0]["params"]])
+        )
+        advantages = torch.linspace(-1, 1, 32)
+        outputs, _ = learner.update(rollout, advantages, None, rows)
+    assert len(outputs) == len(parts)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_responses_generated_in_parts(policy):
+    """Greedily the same texts; sampled ones score as they were sampled."""
+    whole, parts = (generate(policy, prompts(10), 1, max_completion_length=40, generator=None, batch_size=size)
+                    for size in (None, 4))  # fmt: skip
+    assert whole.completions == parts.completions
+    assert torch.equal(whole.truncated, parts.truncated)
+    sampled = roll(policy, n=5, batch_size=7, max_completion_length=20)
+    ids, mask, t = sampled.inputs(torch.arange(20))
+    logp, _ = token_logprobs(policy.model, ids, mask, t)
+    assert (logp - sampled.logp)[sampled.mask].abs().max() < 1e-4
+    assert sampled.truncated.tolist() == [
+        int(sampled.completion_ids[i, n - 1]) != int(policy.eos_ids[0]) for i, n in enumerate(sampled.lengths)
+    ]
+
+
+def test_the_chat_template(policy):
+    """Applied where there is one, once: its special tokens are its own."""
+    plain = policy.encode(["1+2="])[0]
+    policy.tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.content }}{% endfor %}#"
+    assert policy.decode(policy.encode(["1+2="])[0], torch.tensor([6])) == ["1+2=#"]
+    assert policy.encode(["1+2="])[0].tolist() == [[1, *plain[0].tolist(), 17]]
+    policy.chat_template = False
+    assert torch.equal(policy.encode(["1+2="])[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"load_in_4bit": True}, "lora_r = 0"),
+        ({"dtype": "bfloat16"}, "dtype = bfloat16: without an adapter"),
+        ({"dtype": "int8"}, "dtype = 'int8'"),
+        ({"optim": "sgd"}, "optim = 'sgd'"),
+        ({"lora_r": -1}, "lora_r = -1"),
+        ({"lora_r": 4, "lora_target_modules": "q_prjo"}, "lora_target_modules = 'q_prjo': choose all-linear, or from"),
+        ({"model": "nobody/nothing", "lora_r": 4}, "hf download nobody/nothing --local-dir nothing"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation = 'flash_attention_2': "),
+    ],
+)
+def test_bad_settings_are_one_line(changes, told, small):
+    with pytest.raises(UserError) as caught:
+        train(small(**changes))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_extra_is_one_line(small, monkeypatch):
+    for package, changes in (("peft", {"lora_r": 4}), ("bitsandbytes", QLORA)):
+        with monkeypatch.context() as without:
+            without.setitem(__import__("sys").modules, package, None)
+            with pytest.raises(UserError, match=rf"need {package}: pip install 'minicpgd\[qlora\]'"):
+                train(small(package, **changes))
+
+
+def test_an_adapter_for_another_model_is_refused(trained, folder_of_random_weights):
+    with pytest.raises(UserError, match="not an adapter for this model"):
+        load_policy(str(folder_of_random_weights), adapter=trained[0] / "adapter")
+    with pytest.raises(UserError, match="not an adapter"):
+        load_policy("embedded", adapter=trained[0])
+
+
+def test_export_refuses_what_it_cannot(small, trained, tmp_path):
+    whole = train(small(max_steps=1))
+    with pytest.raises(UserError, match="has no adapter; .*model can be used as it is"):
+        export(whole, tmp_path / "out")
+    with pytest.raises(UserError, match="exists already"):
+        export(trained[0], tmp_path)
