@@ -4,7 +4,7 @@
 
 Each row is a model of some architecture and size, with the settings that make another component the largest. Measured
 is what the allocator hands out: on a CPU as the profiler reports it, on a GPU as torch.cuda.max_memory_allocated. The
-first update makes the optimizer's moments; the second is measured, and so is the rollout after it. A GPU's measurement
+first update makes the optimizer's moments; the second is measured. A GPU's measurement
 leaves out the paged optimizer, whose moments lie in memory that CUDA moves to and fro, and so does the prediction then.
 """
 
@@ -41,11 +41,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3": {"model_type": "gemma3_text", "vocab_size": 64_000, "intermediate_size": 1024, "num_hidden_layers": 7,
                "head_dim": 128, "num_key_value_heads": 1, "sliding_window": 64},
 }  # fmt: skip
-SETTINGS = TrainConfig(num_prompts=2, num_generations=4, num_minibatches=2, max_completion_length=64, eval_problems=8)
+SETTINGS = TrainConfig(num_prompts=2, num_generations=4, num_minibatches=2, max_completion_length=64, eval_problems=1)
 QLORA = {"load_in_4bit": True, "lora_r": 16}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "all weights, one pass": ("llama", 30, {}),
-    "all weights, micro-batches": ("llama", 30, {"micro_batch_size": 2}),
+    "all weights, micro-batches": ("llama", 30, {"micro_batch_size": 2, "chunk_size": 100}),
     "tied output layer": ("qwen2", 30, {"micro_batch_size": 1}),
     "large vocabulary, chunks": ("qwen3", 20, {"chunk_size": 32}),
     "activations": ("llama-flat", 200, {"max_completion_length": 128}),
@@ -53,6 +53,9 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "reference copy": ("qwen2", 30, {"beta": 0.1, "micro_batch_size": 1}),
     "adapter": ("qwen2", 60, {"lora_r": 16}),
     "adapter, recomputed": ("qwen2", 60, {"lora_r": 16, "gradient_checkpointing": True}),
+    "many prompts": ("llama-flat", 200, {"lora_r": 8, "num_prompts": 8, "num_generations": 2,
+                                         "max_completion_length": 12, "micro_batch_size": 2}),
+    "adapter, thin and deep": ("llama-flat", 200, {"lora_r": 1, "gradient_checkpointing": True}),
     "adapter in bfloat16": ("qwen2", 60, {"lora_r": 16, "dtype": "bfloat16"}),
     "4-bit": ("qwen2", 60, QLORA),
     "4-bit, recomputed": ("qwen2", 60, QLORA | {"gradient_checkpointing": True}),
@@ -81,7 +84,9 @@ def random_model(name: str, folder: Path) -> str:
 def measure(config: TrainConfig, prompt_length: int) -> tuple[dict[str, int], int, int]:
     """Bytes of what is always there, by component, and the peaks of a rollout and of an update."""
     learner = Learner.from_config(config)
-    rollout = roll(learner, prompt_length)
+    rollouts: list[Rollout] = []
+    rolled = peak(lambda: rollouts.append(roll(learner, prompt_length)))
+    rollout = rollouts[0]
     advantages = torch.linspace(-1, 1, config.num_responses, device=learner.policy.device)
     rows = torch.arange(config.num_responses, device=learner.policy.device)
     rows = rows[:: config.num_minibatches]  # of all prompts, so that some are padded
@@ -90,7 +95,7 @@ def measure(config: TrainConfig, prompt_length: int) -> tuple[dict[str, int], in
     always = what_stays(learner)
     update = peak(lambda: learner.update(rollout, advantages, reference, rows))
     there = sum(always.values())
-    return always, there + peak(lambda: roll(learner, prompt_length)), there + update
+    return always, there + rolled, there + update
 
 
 def roll(learner: Learner, prompt_length: int) -> Rollout:
@@ -146,11 +151,11 @@ def peak(work: Callable[[], Any]) -> int:
     return most
 
 
-def compare(name: str, folder: Path) -> tuple[Memory, dict[str, tuple[int, int]]]:
+def compare(name: str, folder: Path, **changes: Any) -> tuple[Memory, dict[str, tuple[int, int]]]:
     """The prediction, and by part, bytes predicted and bytes measured."""
     model, prompt_length, settings = CASES[name]
     path = folder / model if (folder / model).exists() else random_model(model, folder)
-    config = replace(SETTINGS, model=str(path), **settings)
+    config = replace(SETTINGS, model=str(path), **(settings | changes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     said = predict(config, AutoConfig.from_pretrained(path), prompt_length=prompt_length, device=device)
     always, rollout, update = measure(config, prompt_length)

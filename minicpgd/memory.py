@@ -1,9 +1,9 @@
 r"""What fits on which card: where the memory of a training step goes, from a model's config alone.
 
-A step has eight moments at which memory may be at its most. In the rollout: the prompts are read, a token is computed
-by all layers, a token is drawn. In the update: the loss is computed; gradients flow back through the output layer,
-through the last layer while all activations are still there, and through the first when all gradients are; the
-optimizer steps. Each moment needs its own mixture of the same components; the largest decides whether a run fits.
+Memory may be at its most at eight moments. In a rollout, or an evaluation: the prompts are read, a token is computed by
+all layers, a token is drawn. In an update: the loss is computed; gradients flow back through the output layer, through
+the last layer while all activations are still there, and through the first when all gradients are; the optimizer steps.
+Each moment needs its own mixture of the same components; the largest decides whether a run fits.
 
 Components with a formula stand below, one function each. The two that hang on how a library writes its layers, the
 activations and what one layer needs while it works, are rehearsed with the real code (`rehearsal.py`).
@@ -77,7 +77,7 @@ class Memory:
 
 
 class Rung(NamedTuple):
-    """One attempt to fit: settings, what they need, and whether the card has it."""
+    """One attempt to fit."""
 
     change: str  # what was changed from the rung above
     config: TrainConfig
@@ -111,15 +111,11 @@ def optimizer(shape: PreTrainedModel, eight_bit: bool) -> int:
     In 8 bit they take a byte each, and each 256 of them a scale of four; bitsandbytes leaves tensors of fewer than 4096
     numbers in 32 bit.
     """
-    total = 0
-    for p in (p for p in shape.parameters() if p.requires_grad):
-        if not eight_bit:
-            total += 2 * p.numel() * p.element_size() + 4
-        elif p.numel() < 4096:
-            total += 2 * 4 * p.numel()
-        else:
-            total += 2 * (p.numel() + 4 * math.ceil(p.numel() / 256))
-    return total
+    tensors = [p for p in shape.parameters() if p.requires_grad]
+    if not eight_bit:
+        return sum(2 * p.numel() * p.element_size() + 4 for p in tensors)
+    one = [4 * p.numel() if p.numel() < 4096 else p.numel() + 4 * math.ceil(p.numel() / 256) for p in tensors]
+    return 2 * sum(one)
 
 
 def gradients(shape: PreTrainedModel, first: bool, chunked: bool) -> dict[str, int]:
@@ -201,7 +197,7 @@ def predict(config: TrainConfig, architecture: PretrainedConfig, *, prompt_lengt
         "adapter": trained(shape) if adapted else 0,
         "optimizer": optimizer(shape, eight_bit),
     }
-    rows, length = config.num_responses, prompt_length + config.max_completion_length
+    rows, asked, length = *rollout_batch(config), prompt_length + config.max_completion_length
     some, scored = micro_batch(config, length)
     words = shape.get_output_embeddings().weight.shape[0]
     at_once = min(scored, config.chunk_size or max(1, LOGITS_AT_ONCE // words))
@@ -214,8 +210,8 @@ def predict(config: TrainConfig, architecture: PretrainedConfig, *, prompt_lengt
     cache = kv_cache(architecture, rows, length, size)
     moments: dict[str, dict[str, int]] = {
         "prompt": {
-            "KV cache": kv_cache(architecture, rows, prompt_length, size),
-            "one layer": rehearsal.prompt(architecture, config, dtype, rows, prompt_length),
+            "KV cache": kv_cache(architecture, asked, prompt_length, size),
+            "one layer": rehearsal.prompt(architecture, config, dtype, asked, prompt_length),
             "dequantised": unpacked,
         },
         "token": {
@@ -233,9 +229,16 @@ def predict(config: TrainConfig, architecture: PretrainedConfig, *, prompt_lengt
     }
     for moment, total in gradients(shape, first=one_pass, chunked=at_once < scored).items():
         moments[moment]["gradients"] = total
-    full = {moment: {name: (always | own).get(name, 0) for name in COMPONENTS} for moment, own in moments.items()}
     worst = max(sum(own.values()) for own in moments.values())
+    full = {moment: {name: (always | own).get(name, 0) for name in COMPONENTS} for moment, own in moments.items()}
     return Memory(full, int(ASSUMED_CONTEXT + ASSUMED_SLACK * worst) if on_card else 0)
+
+
+def rollout_batch(config: TrainConfig) -> tuple[int, int]:
+    """Responses generated at once, and prompts read at once: one for a group, but in evaluations one for a response."""
+    at_once = config.rollout_batch_size or max(config.num_responses, config.eval_problems)
+    rollout, evaluation = min(config.num_responses, at_once), min(config.eval_problems, at_once)
+    return max(rollout, evaluation), max(math.ceil(rollout / config.num_generations), evaluation)
 
 
 def micro_batch(config: TrainConfig, length: int) -> tuple[int, int]:
@@ -255,7 +258,7 @@ def fits(gpu_gb: float, architecture: PretrainedConfig, config: TrainConfig, *, 
         A row for each rung that changes something; the first that fits is the one to take.
 
     Raises:
-        UserError: a card without memory.
+        UserError: gpu_gb is not more than 0.
     """
     if not gpu_gb > 0:
         raise UserError(f"gpu = {gpu_gb}: the card's memory in GB, more than 0; 12, say")
@@ -270,16 +273,16 @@ def fits(gpu_gb: float, architecture: PretrainedConfig, config: TrainConfig, *, 
 
 
 def _ladder(config: TrainConfig, length: int) -> list[tuple[str, dict]]:
-    adapter = {"load_in_4bit": True, "lora_r": config.lora_r or 16}
     some = min(config.micro_batch_tokens or 4 * length, 4 * length)
-    half = max(2, config.num_generations // 2)
+    half = min(config.num_generations, max(2, config.num_generations // 2))
     minibatches = math.gcd(config.num_minibatches, config.num_prompts * half)
     return [
         ("as asked", {}),
         ("gradient checkpointing", {"gradient_checkpointing": True}),
         ("four responses at a time", {"micro_batch_tokens": some}),
         ("one response at a time", {"micro_batch_tokens": min(some, length)}),
-        ("4-bit weights and an adapter", adapter),
+        ("16 responses generated at once", {"rollout_batch_size": min(config.rollout_batch_size or 16, 16)}),
+        ("4-bit weights and an adapter", {"load_in_4bit": True, "lora_r": config.lora_r or 16}),
         ("half the generations", {"num_generations": half, "num_minibatches": minibatches}),
         ("half the new tokens", {"max_completion_length": max(1, config.max_completion_length // 2)}),
     ]

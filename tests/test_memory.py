@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from minicpgd import TrainConfig, UserError, memory, plots, rehearsal
+from minicpgd import TrainConfig, UserError, memory, planning, plots, rehearsal
 from minicpgd.architectures import known_architectures, model_config
 from minicpgd.cli import parse
 from minicpgd.memory import GIB, fits, kv_cache, predict
@@ -29,9 +29,20 @@ PUBLISHED = {
     "google/gemma-3-1b-it": 999_885_952,
 }
 QLORA = TrainConfig(
-    load_in_4bit=True, lora_r=16, num_prompts=8, num_generations=8, max_completion_length=512, micro_batch_tokens=4096
+    load_in_4bit=True,
+    lora_r=16,
+    num_prompts=8,
+    num_generations=8,
+    max_completion_length=512,
+    micro_batch_tokens=4096,
+    eval_problems=8,
 )
 SMALL = model_config("Qwen/Qwen2.5-0.5B-Instruct")
+
+
+def deep(layers):
+    """Qwen2.5-0.5B with fewer layers."""
+    return AutoConfig.for_model(**(known_architectures()["Qwen/Qwen2.5-0.5B-Instruct"] | {"num_hidden_layers": layers}))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -45,10 +56,10 @@ def test_the_known_architectures_have_the_published_sizes(name):
 CASES = (
     "all weights, micro-batches",
     "large vocabulary, chunks",
-    "activations",
     "activations, recomputed",
-    "adapter, recomputed",
-    "4-bit",
+    "many prompts",
+    "adapter, thin and deep",
+    "4-bit, one row at a time",
     "4-bit in bfloat16",
     "sliding windows",
 )
@@ -62,13 +73,15 @@ def models(tmp_path_factory):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares with what a CPU's allocator hands out")
 @pytest.mark.parametrize("case", CASES)
 def test_predicted_is_measured(case, models):
-    """Real rollouts and updates of random models; what always stays to the byte, both phases within 10 %."""
-    _, pairs = benchmark.compare(case, models)
+    """Real rollouts and updates of random models; what always stays to the byte, both phases within 7 %."""
+    shorter = {"max_completion_length": 12} if "micro-batches" not in case else {}
+    shorter |= {"num_prompts": 4} if case == "sliding windows" else {}
+    _, pairs = benchmark.compare(case, models, **shorter)
     for part in ("weights", "reference", "adapter", "optimizer"):
         said, was = pairs.pop(part)
         assert said == was, part
     for phase, (said, was) in pairs.items():
-        assert said == pytest.approx(was, rel=0.10), phase
+        assert said == pytest.approx(was, rel=0.07), phase
 
 
 def test_the_committed_table_is_within_15_percent_and_complete():
@@ -106,7 +119,7 @@ def test_what_checkpointing_keeps_by_hand():
     """With it, a layer keeps its input alone: batch x length x width numbers."""
     kept = {}
     for layers in (3, 4):
-        architecture = replace_layers(layers)
+        architecture = deep(layers)
         config = replace(QLORA, gradient_checkpointing=True)
         kept[layers] = rehearsal.update(architecture, config, torch.bfloat16, 4, 100).kept
     assert kept[4] - kept[3] == 4 * 100 * 896 * 2
@@ -114,11 +127,12 @@ def test_what_checkpointing_keeps_by_hand():
 
 def test_lora_keeps_its_inputs_in_float32():
     """An adapter on one matrix keeps a float32 copy of what goes into it, and r numbers a token; no more."""
-    plain, adapted = (
-        rehearsal.update(SMALL, replace(QLORA, lora_target_modules=names), torch.bfloat16, 2, 50).kept
-        for names in ("up_proj", "up_proj,gate_proj")
-    )
-    assert adapted - plain == 24 * 2 * 50 * (896 + 16) * 4
+    kept = {}
+    for names in ("up_proj", "up_proj,gate_proj"):
+        config = replace(QLORA, lora_target_modules=names)
+        four, three = (rehearsal.update(deep(n), config, torch.bfloat16, 2, 50).kept for n in (4, 3))
+        kept[names] = four - three
+    assert kept["up_proj,gate_proj"] - kept["up_proj"] == 2 * 50 * (896 + 16) * 4
 
 
 def test_logits_by_hand():
@@ -129,46 +143,44 @@ def test_logits_by_hand():
     assert said.moments["draw"]["logits"] == 64 * 151_936 * 20
 
 
-def replace_layers(layers):
-    return AutoConfig.for_model(**(known_architectures()["Qwen/Qwen2.5-0.5B-Instruct"] | {"num_hidden_layers": layers}))
-
-
 def test_each_setting_spares_what_it_says():
-    asked = predict(QLORA, SMALL, prompt_length=200)
+    shallow = deep(4)
+    asked = predict(QLORA, shallow, prompt_length=200)
     assert asked.peak == asked.total(asked.worst) + asked.assumed
     assert max(asked.rollout, asked.update) == asked.total(asked.worst)
     for change, moment, component in (
         ({"gradient_checkpointing": True}, "last layer", "activations"),
         ({"micro_batch_tokens": 712}, "last layer", "activations"),
-        ({"micro_batch_size": 2}, "last layer", "activations"),
         ({"lora_r": 4}, "step", "gradients"),
         ({"chunk_size": 16}, "loss", "logits"),
         ({"num_generations": 4}, "token", "KV cache"),
-        ({"max_completion_length": 100}, "token", "KV cache"),
     ):
-        spared = predict(replace(QLORA, **change), SMALL, prompt_length=200)
+        spared = predict(replace(QLORA, **change), shallow, prompt_length=200)
         assert spared.moments[moment][component] < 0.7 * asked.moments[moment][component], change
-    full = predict(replace(QLORA, load_in_4bit=False), SMALL, prompt_length=200)
-    assert full.moments["step"]["weights"] > 2 * asked.moments["step"]["weights"]
+    full = predict(replace(QLORA, load_in_4bit=False), shallow, prompt_length=200)
+    matrices = 4 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)  # numbers: q and o, k and v, the MLP's three
+    spared = full.moments["step"]["weights"] - asked.moments["step"]["weights"]
+    assert spared == pytest.approx(matrices * (2 - (4 + 8 / 64 + 32 / 64 / 256) / 8), rel=1e-3)
     assert full.moments["step"]["dequantised"] == 0
-    whole = predict(TrainConfig(beta=0.1), SMALL, prompt_length=200)
-    assert whole.moments["step"]["reference"] == whole.moments["step"]["weights"] == 4 * 494_032_768
-    assert predict(replace(QLORA, beta=0.1), SMALL, prompt_length=200).moments["step"]["reference"] == 0
+    whole = predict(TrainConfig(beta=0.1), shallow, prompt_length=200)
+    assert whole.moments["step"]["reference"] == whole.moments["step"]["weights"]
+    assert predict(replace(QLORA, beta=0.1), shallow, prompt_length=200).moments["step"]["reference"] == 0
 
 
 def test_the_ladder():
     """Each rung needs no more than the one above; what fits depends on the card; nothing is listed twice."""
     asked = replace(QLORA, load_in_4bit=False, micro_batch_tokens=None)
-    rungs = fits(6, SMALL, asked, prompt_length=200)
+    rungs = fits(3, deep(4), asked, prompt_length=200)
     assert rungs[0].config == asked
     assert all(below.memory.peak <= above.memory.peak for above, below in zip(rungs, rungs[1:], strict=False))
-    assert [rung.fits for rung in rungs] == [rung.memory.peak <= 6 * GIB for rung in rungs]
+    assert [rung.fits for rung in rungs] == [rung.memory.peak <= 3 * GIB for rung in rungs]
     assert not rungs[0].fits
     assert rungs[-1].fits
     assert len({str(rung.config) for rung in rungs}) == len(rungs)
-    assert not any(rung.fits for rung in fits(0.5, SMALL, QLORA, prompt_length=200))
     odd = TrainConfig(num_prompts=1, num_generations=6, num_minibatches=6, lora_r=8)
-    assert fits(80, SMALL, odd, prompt_length=20)[-1].config.num_minibatches == 3
+    rungs = fits(0.1, model_config("embedded"), odd, prompt_length=20)
+    assert rungs[-1].config.num_minibatches == 3
+    assert not any(rung.fits for rung in rungs)
 
 
 def test_what_is_assumed_is_apart():
@@ -207,21 +219,39 @@ def test_the_bars():
 
 
 def test_the_command(capsys):
-    """Every moment and component of the prediction, and the ladder; bad input in one line."""
-    parse(["memory", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--gpu", "4"])()
+    """The prediction's totals, and the ladder; bad input in one line."""
+    parse(["memory", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--gpu", "4", "--prompt-length", "200"])()
     out = capsys.readouterr().out
-    config = replace(QLORA, model="Qwen/Qwen2.5-0.5B-Instruct", micro_batch_tokens=None, gradient_checkpointing=True)
-    rungs = fits(4, SMALL, config, prompt_length=200)
-    said = rungs[0].memory
-    assert f"needed at: {said.worst}" in out
+    said = predict(replace(planning.USUAL, model="Qwen/Qwen2.5-0.5B-Instruct"), SMALL, prompt_length=200)
     assert f"{said.peak / GIB:.1f} GiB" in out
-    row = next(line for line in out.splitlines() if line.startswith("weights"))
-    assert row.split()[1:] == [f"{said.moments['draw']['weights'] / 2**20:.0f}"] * 8
-    assert out.count(" yes") + out.count(" no\n") >= len(rungs)
-    for words, objection in (
-        (["--gpu", "0"], "more than 0"),
-        (["--lora-r", "0"], "4-bit"),
-        (["--optim", "x"], "optim"),
-    ):
+    assert all(rung in out for rung in ("as asked", "one response at a time", "half the generations", "yes"))
+    for words, objection in (("--gpu 0", "more than 0"), ("--lora-r 0", "4-bit"), ("--optim x", "optim")):
         with pytest.raises(UserError, match=objection):
-            parse(["memory", *words])()
+            parse(["memory", *words.split()])()
+
+
+def test_what_is_generated_at_once():
+    """64 responses to 8 prompts; an evaluation of 20 problems has a prompt for each; both in batches."""
+    config = replace(QLORA, eval_problems=20)
+    assert memory.rollout_batch(config) == (64, 20)
+    assert memory.rollout_batch(replace(config, eval_problems=1)) == (64, 8)
+    assert memory.rollout_batch(replace(config, eval_problems=100)) == (100, 100)
+    assert memory.rollout_batch(replace(config, rollout_batch_size=16)) == (16, 16)
+    assert memory.rollout_batch(replace(config, rollout_batch_size=16, eval_problems=1)) == (16, 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_by_hand(tied):
+    """A vocabulary of 10 and a width of 8: the output layer's gradient is 80 numbers, of which chunks make a second."""
+    shape = rehearsal.shape_of(
+        AutoConfig.for_model("llama", vocab_size=10, hidden_size=8, intermediate_size=4, num_hidden_layers=1,
+                             num_attention_heads=2, tie_word_embeddings=tied), TrainConfig(), torch.float32
+    )  # fmt: skip
+    total, own = 4 * sum(p.numel() for p in shape.parameters()), 4 * 80
+    assert memory.gradients(shape, first=True, chunked=False) == {
+        "loss": 0, "output": own, "last layer": own, "first layer": total, "step": total + 2 * own * tied
+    }  # fmt: skip
+    assert memory.gradients(shape, first=False, chunked=True) == {
+        "loss": total + own, "output": total + 2 * own, "last layer": total + own * tied,
+        "first layer": total + own * tied, "step": total + own + 2 * own * tied,
+    }  # fmt: skip
