@@ -85,9 +85,10 @@ def parse(argv: list[str]) -> Callable[[], None]:
 
 def _value(argv: list[str], flag: str) -> str | None:
     """What follows a flag of `train` or `memory`, if it is there: from it the defaults of all others come."""
-    for word, following in zip(argv[1:], [*argv[2:], None], strict=True):
+    command, *words = argv or [""]
+    for word, following in zip(words, [*words[1:], None], strict=False):
         name, equals, value = word.partition("=")
-        if argv[0] in ("train", "memory") and name == flag:
+        if command in ("train", "memory") and name == flag:
             return value if equals else following
     return None
 

@@ -75,7 +75,7 @@ def test_sample_evaluate_and_plot(small, tmp_path, cli, monkeypatch):
     ]  # fmt: skip
     cli("plot", run, "--out", tmp_path / "figures")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"curves.png", "ratios.png"}
-    monkeypatch.setattr("minicpgd.commands.console", Console(force_terminal=True, color_system="standard"))
+    monkeypatch.setattr("minicpgd.inspecting.console", Console(force_terminal=True, color_system="standard"))
     assert "\x1b[32mright\x1b[0m" in cli("sample", "--num-problems", 40)
 
 

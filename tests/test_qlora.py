@@ -35,9 +35,9 @@ QLORA = {"load_in_4bit": True, "lora_r": 16}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three seeds of the embedded model, 30 steps, as a user would run them: each in a process."""
+    """Three seeds of the embedded model, 15 steps, as a user would run them: each in a process."""
     folder = str(tmp_path_factory.mktemp("qlora"))
-    common = {**QLORA, "learning_rate": 1e-4, "max_steps": 30, "eval_steps": 30}
+    common = {**QLORA, "learning_rate": 2e-4, "max_steps": 15, "eval_steps": 15}
     configs = [TrainConfig(output_dir=f"{folder}/{seed}", seed=seed, **common) for seed in range(3)]
     return list(run_all(configs, on_wait=lambda: None))
 
@@ -69,7 +69,7 @@ def test_only_the_adapter_is_trained_and_saved(trained):
     ours, theirs = (dequantised(p.peft.get_base_model()) for p in (policy, fresh))
     assert len(ours) == 14  # seven linear layers in each of two blocks
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    checkpoint = run / "checkpoints" / "step-000030.safetensors"
+    checkpoint = run / "checkpoints" / "step-000015.safetensors"
     with safe_open(checkpoint, "pt") as file:
         stored = set(file.keys())
     assert {name for name in stored if name.startswith("model.")} == {f"model.{n}" for n in names}

@@ -42,7 +42,7 @@ def test_the_published_figures_are_those_of_the_committed_logs(remade):
 
 
 def test_every_published_figure_is_shown(remade):
-    pages = README + (ROOT / "docs" / "results.md").read_text() + (ROOT / "results" / "README.md").read_text()
+    pages = README + "".join(page.read_text() for page in (*results.PAGES, ROOT / "results" / "README.md"))
     assert not [path.name for path in remade if f"figures/{path.name}" not in pages]
 
 
