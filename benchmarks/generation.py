@@ -3,7 +3,8 @@
     python benchmarks/generation.py                    # the embedded model, and a Llama of 30 M random parameters
     python benchmarks/generation.py --repeats 9
 
-Prints responses' tokens per second, the median of several turns, each way in turn. `generate` is asked for the logits,
+Responses' tokens per second, the median of several turns, each way in turn; on a CPU they also go to
+benchmarks/results/generation.csv. `generate` is asked for the logits,
 too: without them there is no log-probability of what was drawn, and sampling would not be known to be on-policy. They
 are B x T x V numbers, which ours never holds.
 """
@@ -11,7 +12,10 @@ are B x T x V numbers, which ours never holds.
 import random
 import statistics
 import time
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 import tyro
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,6 +58,8 @@ def theirs(policy: Policy, prompts: list[str], seed: int, cache: str) -> int:
 def main(repeats: int = 5) -> None:
     """Take turns, and print the medians."""
     quiet()
+    torch.set_num_threads(1)  # two, on a machine with other work, wait for each other at every small matrix
+    rows: list[dict[str, Any]] = []
     prompts = [p["prompt"] for p in get_task("chain_arithmetic").sample(PROMPTS, random.Random(0))]
     embedded = load_policy("embedded")
     ways = {
@@ -73,7 +79,11 @@ def main(repeats: int = 5) -> None:
         first = statistics.median(speeds["ours"])
         for way, values in speeds.items():
             speed = statistics.median(values)
-            print(f"{name:<16} {way:<24} {speed:8.0f} tokens/s  {speed / first:5.2f}")
+            rows.append({"model": name, "by": way, "tokens/s": round(speed), "of ours": f"{speed / first:.2f}"})
+    table = pd.DataFrame(rows)
+    if not torch.cuda.is_available():
+        table.to_csv(Path(__file__).parent / "results" / "generation.csv", index=False)
+    print(table.to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ In a page, a number stands between marks that say where it comes from, and so do
     <!--map | CPGD | healthy share of the map-->58 % [50, 67]<!--/-->      a cell: study | row | column
     <!--map-->...<!--/-->                                                  the whole summary of a study
     <!--made-->...<!--/-->                                                 what each study took
-    <!--merging-->, <!--memory-->                                          a benchmark, from benchmarks/results/
+    <!--merging-->...<!--/-->, memory, generation                          a benchmark, from benchmarks/results/
 """
 
 import json
@@ -85,7 +85,12 @@ def memory() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-BENCHMARKS = {"made": made, "merging": merging, "memory": memory}
+def generation() -> pd.DataFrame:
+    """Sampling, ours and transformers'."""
+    return pd.read_csv(ROOT / "benchmarks" / "results" / "generation.csv", dtype=str)
+
+
+BENCHMARKS = {"made": made, "merging": merging, "memory": memory, "generation": generation}
 
 
 def markdown(table: pd.DataFrame) -> str:

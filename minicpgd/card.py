@@ -10,9 +10,9 @@ from pathlib import Path
 
 from minicpgd.config import TrainConfig
 from minicpgd.export import Exported
-from minicpgd.outcome import outcome
 from minicpgd.plots import training_curves
 from minicpgd.runlog import load_run
+from minicpgd.stats import WINDOW
 from minicpgd.study import versions
 from minicpgd.summary import display_name
 
@@ -41,7 +41,8 @@ def write_card(folder: Path, run: Path, exported: Exported | None = None) -> Pat
         The card's path.
     """
     config, metrics, _ = load_run(run)
-    result, last = outcome(run), metrics["step"][-1]
+    accuracy, reward = metrics["eval_accuracy"], metrics["reward"]
+    last = min(WINDOW, len(reward) - 1)
     training_curves([run]).savefig(folder / "curves.png", dpi=100)
     algorithm, load = display_name(config.algorithm), LOAD_MODEL if exported else LOAD_ADAPTER
     base = "minicpgd/embedded" if config.model == "embedded" else config.model
@@ -54,15 +55,14 @@ def write_card(folder: Path, run: Path, exported: Exported | None = None) -> Pat
         "",
         f"# {base}, trained with {algorithm} on {config.task}",
         "",
-        f"{last:.0f} rollouts of {config.num_prompts} x {config.num_generations} responses, "
+        f"{len(reward) - 1} rollouts of {config.num_prompts} x {config.num_generations} responses, "
         f"{config.updates_per_rollout} updates on each{', 4-bit weights' if config.load_in_4bit else ''}"
         f"{f', LoRA of rank {config.lora_r}' if config.lora_r else ''}. One run with one seed ({config.seed}).",
         "",
-        f"| | before | after |\n|---|---|---|\n"
-        f"| accuracy, greedy, {config.eval_problems} held-out problems at most | {result.accuracy_before:.3f} "
-        f"| {result.accuracy_final:.3f} |\n"
-        f"| reward of samples (after: mean of the last 10 steps) | {result.reward_before:.3f} "
-        f"| {result.reward_last:.3f} |",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| accuracy, greedy, at most {config.eval_problems} problems | {accuracy[0]:.3f} | {accuracy[-1]:.3f} |",
+        f"| reward of samples; after: in the last {last} steps | {reward[0]:.3f} | {reward[-last:].mean():.3f} |",
         "",
         "![reward, length, KL and clipped share over the steps](curves.png)",
         "",

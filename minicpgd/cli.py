@@ -17,6 +17,7 @@ import tyro
 from minicpgd import commands, inspecting, planning
 from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import UserError
+from minicpgd.memory import PROMPT_LENGTH
 from minicpgd.policy import quiet
 from minicpgd.recipes import KNOWN, load_recipe
 
@@ -55,7 +56,7 @@ def parse(argv: list[str]) -> Callable[[], None]:
         config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = stored,
         recipe: str | None = None,
         gpu: float | None = None,
-        prompt_length: int = planning.PROMPT_LENGTH,
+        prompt_length: int = PROMPT_LENGTH,
     ) -> None:
         planning.memory(config, gpu, prompt_length)
 

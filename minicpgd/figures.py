@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from minicpgd import plots
 from minicpgd.demo import demo_configs
 from minicpgd.errors import UserError
+from minicpgd.memory import of_recipe
+from minicpgd.recipes import KNOWN, load_recipe
 
 RUN_FIGURES = {"curves": plots.training_curves, "ratios": plots.ratio_ranges}
 STUDY_FIGURES: dict[str, dict[str, Callable[[Path], Figure]]] = {
@@ -28,7 +30,7 @@ def save_figures(folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
 
 
 def save_published(results: Path, folder: Path) -> Iterator[Path]:
-    """Draw every published figure from the committed logs.
+    """Draw every published figure from the committed logs, and what the recipes are predicted to need.
 
     Raises:
         UserError: they are not there.
@@ -40,6 +42,9 @@ def save_published(results: Path, folder: Path) -> Iterator[Path]:
     yield from save_figures(folder, demo_runs)
     for name in STUDY_FIGURES:
         yield from save_study_figures(results / name, name, folder)
+    recipes = {load_recipe(name).config.model: name for name in KNOWN if name.startswith("qwen")}
+    cards = {model: load_recipe(name).card_gib or 0.0 for model, name in recipes.items()}
+    yield from _save(folder, {"memory": plots.memory_bars({m: of_recipe(n) for m, n in recipes.items()}, cards)})
 
 
 def save_study_figures(study: Path, name: str, folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ In: settings, an architecture. Out: bytes by moment and component. No weights ar
 Everything is predicted for the worst case: every response as long as it may be, and some prompts padded.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -21,9 +22,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from minicpgd import rehearsal
+from minicpgd.architectures import model_config
 from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
 from minicpgd.logprobs import LOGITS_AT_ONCE
+from minicpgd.recipes import load_recipe
 
 ROLLOUT, UPDATE = ("prompt", "token", "draw"), ("loss", "output", "last layer", "first layer", "step")
 COMPONENTS = {
@@ -39,6 +42,7 @@ COMPONENTS = {
     "dequantised": "the largest 4-bit matrix, unpacked to be multiplied with",
 }
 GIB = 2**30
+PROMPT_LENGTH = 300  # tokens; a long problem of gsm8k in a chat template has about 250
 TABLES = 4 * (16 + 256 + 1)  # NF4's 16 values, the 256 of the scales' 8 bits, and the scales' mean
 ASSUMED_CONTEXT = 0.6 * GIB  # assumed, not measured: what CUDA and its libraries take for themselves
 ASSUMED_SLACK = 0.1  # assumed, not measured: of what comes and goes, lost between blocks of the allocator
@@ -232,6 +236,17 @@ def predict(config: TrainConfig, architecture: PretrainedConfig, *, prompt_lengt
     worst = max(sum(own.values()) for own in moments.values())
     full = {moment: {name: (always | own).get(name, 0) for name in COMPONENTS} for moment, own in moments.items()}
     return Memory(full, int(ASSUMED_CONTEXT + ASSUMED_SLACK * worst) if on_card else 0)
+
+
+@functools.cache
+def of_recipe(name: str) -> Memory:
+    """What a recipe is predicted to need on a card.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    config = load_recipe(name).config
+    return predict(config, model_config(config.model), prompt_length=PROMPT_LENGTH)
 
 
 def rollout_batch(config: TrainConfig) -> tuple[int, int]:

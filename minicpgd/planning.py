@@ -15,7 +15,7 @@ from minicpgd import rehearsal
 from minicpgd.architectures import model_config
 from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
-from minicpgd.memory import COMPONENTS, GIB, ROLLOUT, UPDATE, Memory, fits, predict
+from minicpgd.memory import COMPONENTS, GIB, PROMPT_LENGTH, ROLLOUT, UPDATE, Memory, fits, predict
 from minicpgd.progress import console
 from minicpgd.recipes import Recipe
 from minicpgd.tasks import describe_data
@@ -24,7 +24,6 @@ USUAL = TrainConfig(
     model="Qwen/Qwen2.5-1.5B-Instruct", load_in_4bit=True, lora_r=16, gradient_checkpointing=True, num_prompts=8,
     num_generations=8, max_completion_length=512, rollout_batch_size=64,
 )  # fmt: skip
-PROMPT_LENGTH = 300  # tokens; a long problem of gsm8k in a chat template has about 250
 
 
 def memory(config: TrainConfig, gpu: float | None = None, prompt_length: int = PROMPT_LENGTH) -> None:

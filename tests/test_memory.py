@@ -210,7 +210,7 @@ def test_a_card_without_memory(gpu):
 
 def test_the_bars():
     predicted = {"small": predict(QLORA, SMALL, prompt_length=200)}
-    figure = plots.memory_bars(predicted, gpu_gb=12)
+    figure = plots.memory_bars(predicted, cards={next(iter(predicted)): 12})
     (axis,) = figure.axes
     drawn = sum(patch.get_width() for patch in axis.patches)
     both = predicted["small"]
