@@ -14,17 +14,15 @@ Everything is predicted for the worst case: every response as long as it may be,
 
 import functools
 import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from minicpgd import rehearsal
 from minicpgd.architectures import model_config
 from minicpgd.config import TrainConfig
-from minicpgd.errors import UserError
 from minicpgd.logprobs import LOGITS_AT_ONCE
 from minicpgd.recipes import load_recipe
 
@@ -80,15 +78,6 @@ class Memory:
         return self.total(self.worst) + self.assumed
 
 
-class Rung(NamedTuple):
-    """One attempt to fit."""
-
-    change: str  # what was changed from the rung above
-    config: TrainConfig
-    memory: Memory
-    fits: bool
-
-
 def weights(shape: PreTrainedModel, four_bit: bool) -> int:
     r"""Frozen or not, without the adapter.
 
@@ -97,7 +86,9 @@ def weights(shape: PreTrainedModel, four_bit: bool) -> int:
     norms, biases and the output layer are not quantised.
     """
     adapted = hasattr(shape, "peft_config")
-    sizes = {p: p.numel() * p.element_size() for p in shape.parameters() if not (adapted and p.requires_grad)}
+    sizes: dict[Tensor, int] = {
+        p: p.numel() * p.element_size() for p in shape.parameters() if not (adapted and p.requires_grad)
+    }
     for matrix in _quantised(shape) if four_bit else ():
         blocks = math.ceil(matrix.numel() / 64)
         sizes[matrix] = math.ceil(matrix.numel() / 2) + blocks + 4 * math.ceil(blocks / 256) + TABLES
@@ -118,8 +109,7 @@ def optimizer(shape: PreTrainedModel, eight_bit: bool) -> int:
     tensors = [p for p in shape.parameters() if p.requires_grad]
     if not eight_bit:
         return sum(2 * p.numel() * p.element_size() + 4 for p in tensors)
-    one = [4 * p.numel() if p.numel() < 4096 else p.numel() + 4 * math.ceil(p.numel() / 256) for p in tensors]
-    return 2 * sum(one)
+    return 2 * sum(4 * n if (n := p.numel()) < 4096 else n + 4 * math.ceil(n / 256) for p in tensors)
 
 
 def gradients(shape: PreTrainedModel, first: bool, chunked: bool) -> dict[str, int]:
@@ -263,46 +253,6 @@ def micro_batch(config: TrainConfig, length: int) -> tuple[int, int]:
     return rows, rows * config.max_completion_length
 
 
-def fits(gpu_gb: float, architecture: PretrainedConfig, config: TrainConfig, *, prompt_length: int) -> list[Rung]:
-    """A ladder of settings, each rung sparing more than the one above, in the order of what they cost.
-
-    Args:
-        gpu_gb: what the card is sold as having, in GiB.
-
-    Returns:
-        A row for each rung that changes something; the first that fits is the one to take.
-
-    Raises:
-        UserError: gpu_gb is not more than 0.
-    """
-    if not gpu_gb > 0:
-        raise UserError(f"gpu = {gpu_gb}: the card's memory in GB, more than 0; 12, say")
-    rungs: list[Rung] = []
-    for change, settings in _ladder(config, prompt_length + config.max_completion_length):
-        changed = replace(rungs[-1].config if rungs else config, **settings)
-        if rungs and changed == rungs[-1].config:
-            continue
-        memory = predict(changed, architecture, prompt_length=prompt_length)
-        rungs.append(Rung(change, changed, memory, memory.peak <= gpu_gb * GIB))
-    return rungs
-
-
-def _ladder(config: TrainConfig, length: int) -> list[tuple[str, dict]]:
-    some = min(config.micro_batch_tokens or 4 * length, 4 * length)
-    half = min(config.num_generations, max(2, config.num_generations // 2))
-    minibatches = math.gcd(config.num_minibatches, config.num_prompts * half)
-    return [
-        ("as asked", {}),
-        ("gradient checkpointing", {"gradient_checkpointing": True}),
-        ("four responses at a time", {"micro_batch_tokens": some}),
-        ("one response at a time", {"micro_batch_tokens": min(some, length)}),
-        ("16 responses generated at once", {"rollout_batch_size": min(config.rollout_batch_size or 16, 16)}),
-        ("4-bit weights and an adapter", {"load_in_4bit": True, "lora_r": config.lora_r or 16}),
-        ("half the generations", {"num_generations": half, "num_minibatches": minibatches}),
-        ("half the new tokens", {"max_completion_length": max(1, config.max_completion_length // 2)}),
-    ]
-
-
 def _dtype(config: TrainConfig, on_card: bool) -> torch.dtype:
     """`auto` as in `qlora.choose_dtype`, for a card that has bfloat16; float16 takes as many bytes."""
     if config.dtype != "auto":
@@ -310,7 +260,7 @@ def _dtype(config: TrainConfig, on_card: bool) -> torch.dtype:
     return torch.bfloat16 if config.lora_r and on_card else torch.float32
 
 
-def _quantised(shape: PreTrainedModel) -> list[nn.Parameter]:
+def _quantised(shape: PreTrainedModel) -> list[Tensor]:
     """The matrices that 4 bit is for: of the frozen linear layers, without the output layer."""
     linear = [m for m in shape.modules() if isinstance(m, nn.Linear) and m is not shape.get_output_embeddings()]
     return [layer.weight for layer in linear if not layer.weight.requires_grad]

@@ -15,7 +15,8 @@ from minicpgd import rehearsal
 from minicpgd.architectures import model_config
 from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
-from minicpgd.memory import COMPONENTS, GIB, PROMPT_LENGTH, ROLLOUT, UPDATE, Memory, fits, predict
+from minicpgd.ladder import fits
+from minicpgd.memory import COMPONENTS, GIB, PROMPT_LENGTH, ROLLOUT, UPDATE, Memory, predict
 from minicpgd.progress import console
 from minicpgd.recipes import Recipe
 from minicpgd.tasks import describe_data

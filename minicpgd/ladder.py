@@ -1,0 +1,63 @@
+"""What fits on a card: settings that spare more and more memory, in the order of what they cost.
+
+In: a card's size, an architecture, settings. Out: a row for each attempt.
+"""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+from minicpgd.config import TrainConfig
+from minicpgd.errors import UserError
+from minicpgd.memory import GIB, Memory, predict
+
+
+class Rung(NamedTuple):
+    """One attempt to fit."""
+
+    change: str  # what was changed from the rung above
+    config: TrainConfig
+    memory: Memory
+    fits: bool
+
+
+def fits(gpu_gb: float, architecture: PretrainedConfig, config: TrainConfig, *, prompt_length: int) -> list[Rung]:
+    """A ladder of settings, each rung sparing more than the one above, in the order of what they cost.
+
+    Args:
+        gpu_gb: what the card is sold as having, in GiB.
+
+    Returns:
+        A row for each rung that changes something; the first that fits is the one to take.
+
+    Raises:
+        UserError: gpu_gb is not more than 0.
+    """
+    if not gpu_gb > 0:
+        raise UserError(f"gpu = {gpu_gb}: the card's memory in GB, more than 0; 12, say")
+    rungs: list[Rung] = []
+    for change, settings in _ladder(config, prompt_length + config.max_completion_length):
+        changed = replace(rungs[-1].config if rungs else config, **settings)
+        if rungs and changed == rungs[-1].config:
+            continue
+        memory = predict(changed, architecture, prompt_length=prompt_length)
+        rungs.append(Rung(change, changed, memory, memory.peak <= gpu_gb * GIB))
+    return rungs
+
+
+def _ladder(config: TrainConfig, length: int) -> list[tuple[str, dict]]:
+    some = min(config.micro_batch_tokens or 4 * length, 4 * length)
+    half = min(config.num_generations, max(2, config.num_generations // 2))
+    minibatches = math.gcd(config.num_minibatches, config.num_prompts * half)
+    return [
+        ("as asked", {}),
+        ("gradient checkpointing", {"gradient_checkpointing": True}),
+        ("four responses at a time", {"micro_batch_tokens": some}),
+        ("one response at a time", {"micro_batch_tokens": min(some, length)}),
+        ("16 responses generated at once", {"rollout_batch_size": min(config.rollout_batch_size or 16, 16)}),
+        ("4-bit weights and an adapter", {"load_in_4bit": True, "lora_r": config.lora_r or 16}),
+        ("half the generations", {"num_generations": half, "num_minibatches": minibatches}),
+        ("half the new tokens", {"max_completion_length": max(1, config.max_completion_length // 2)}),
+    ]
