@@ -20,7 +20,7 @@ from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
 from minicpgd.figures import save_figures, save_study_figures
 from minicpgd.outcome import outcome
-from minicpgd.policy import load_policy
+from minicpgd.policy import Policy, load_policy
 from minicpgd.progress import Bars, console
 from minicpgd.runlog import read_lines, run_seconds
 from minicpgd.stats import WINDOW
@@ -116,8 +116,15 @@ def train(config: TrainConfig, resume: Path | None = None) -> None:
             note = f"reward {metrics['reward']:.2f}  length {metrics['completion_length']:.0f}"
             bars.update(0, step, note + (f"  accuracy {a:.2f}" if (a := metrics.get("eval_accuracy")) else ""))
 
+        def loaded(policy: Policy) -> None:
+            if policy.peft:
+                console.print(f"{config.model} on {policy.device}, {policy.arithmetic}")
+
         listener = Listener(
-            step=heard, warn=lambda line: print(f"warning: {line}", file=sys.stderr), stop=lambda: bool(interrupted)
+            loaded=loaded,
+            step=heard,
+            warn=lambda line: print(f"warning: {line}", file=sys.stderr),
+            stop=lambda: bool(interrupted),
         )
         folder = train_(config, resume=bool(resume), listener=listener)
     for number, handler in handlers.items():

@@ -137,8 +137,7 @@ class Learner:
             batch_size=config.rollout_batch_size,
         )
         if self.policy.model.dtype != torch.float32:
-            # sampled one token at a time, scored all at once: in half precision the two round differently, by a few
-            # per cent, and pi_old has to be the one that the updates compute
+            # sampled token by token, scored all at once: half precision rounds the two differently, by a few per cent
             rollout = replace(rollout, logp=self._score(self.policy.model, rollout))
         return [problem for problem in problems for _ in range(config.num_generations)], rollout
 
@@ -168,8 +167,7 @@ class Learner:
         config, model, parameters = self.config, self.policy.model, self.optimizer.param_groups[0]["params"]
         mask = rollout.mask & ~rollout.truncated[:, None] if config.mask_truncated_completions else rollout.mask
         weights = self.algorithm.token_weights(mask[rows], config.max_completion_length, config.aggregation)
-        scale = LOSS_SCALE if self.policy.model.dtype == torch.float16 else 1.0
-        outputs = []
+        scale, outputs = LOSS_SCALE if model.dtype == torch.float16 else 1.0, []
         for places in rollout.micro_batches(rows, config.micro_batch_size, config.micro_batch_tokens):
             part, part_weights = rows[places], weights[places]
             ids, attention, t = rollout.inputs(part)

@@ -15,13 +15,18 @@ from minicpgd.checkpoint import load_checkpoint, restore, save_checkpoint
 from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError, UserError
 from minicpgd.learner import Learner
+from minicpgd.policy import Policy
 from minicpgd.runlog import RunLog
 
 
 @dataclass(frozen=True)
 class Listener:
-    """How a caller hears of a run, and stops it: `step(step, metrics, timings)`, `warn(line)`, `stop() -> bool`."""
+    """How a caller hears of a run, and stops it.
 
+    `loaded(policy)`, `step(step, metrics, timings)`, `warn(line)`, `stop() -> bool`.
+    """
+
+    loaded: Callable[[Policy], None] = lambda policy: None
     step: Callable[[int, dict[str, float], dict[str, float]], None] = lambda step, metrics, timings: None
     warn: Callable[[str], None] = lambda line: None
     stop: Callable[[], bool] = lambda: False
@@ -43,6 +48,7 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
         NonFiniteError: a loss or gradient stopped being a number; checkpoints hold the last good state.
     """
     learner = Learner.from_config(config)
+    listener.loaded(learner.policy)
     with _writing(config.folder):
         log = RunLog.reopen(config) if resume else RunLog.create(config)
         with log.only_writer():
