@@ -6,6 +6,7 @@ model hub shows them.
 
 import shlex
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 from minicpgd.config import TrainConfig
@@ -19,7 +20,7 @@ from minicpgd.summary import display_name
 LOAD_ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
 
@@ -27,6 +28,11 @@ LOAD_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+
+FOUR_BIT = (
+    "It was trained on weights rounded to 4 bit. On the weights as published it answers a little differently; "
+    "`minicpgd export` writes out the model it was trained on."
+)
 
 
 def write_card(folder: Path, run: Path, exported: Exported | None = None) -> Path:
@@ -46,6 +52,10 @@ def write_card(folder: Path, run: Path, exported: Exported | None = None) -> Pat
     training_curves([run]).savefig(folder / "curves.png", dpi=100)
     algorithm, load = display_name(config.algorithm), LOAD_MODEL if exported else LOAD_ADAPTER
     base = "minicpgd/embedded" if config.model == "embedded" else config.model
+    source = "EMBEDDED" if config.model == "embedded" else f'"{config.model}"'
+    load = "from minicpgd.policy import EMBEDDED\n" * (config.model == "embedded" and not exported) + load
+    more = ["peft"] * bool(config.lora_r) + ["bitsandbytes"] * config.load_in_4bit
+    used = versions() | {name: version(name) for name in more}
     lines = [
         "---",
         f"base_model: {base}",
@@ -67,11 +77,12 @@ def write_card(folder: Path, run: Path, exported: Exported | None = None) -> Pat
         "![reward, length, KL and clipped share over the steps](curves.png)",
         "",
         *([_difference(exported), ""] if exported else []),
-        f"## Load\n\n```python\n{load.format(base=base)}\n```",
+        f"## Load\n\n```python\n{load.format(base=source)}\n```",
         "",
+        *([FOUR_BIT, ""] if config.load_in_4bit and not exported else []),
         f"## Made by\n\n```bash\n{command(config)}\n```",
         "",
-        "with " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
+        "with " + ", ".join(f"{name} {number}" for name, number in used.items()) + ".",
     ]
     path = folder / "README.md"
     path.write_text("\n".join(lines) + "\n")
