@@ -4,8 +4,8 @@
 
 Each row is a model of some architecture and size, with the settings that make another component the largest. Measured
 is what the allocator hands out: on a CPU as the profiler reports it, on a GPU as torch.cuda.max_memory_allocated. The
-first update makes the optimizer's moments; the second is measured. A GPU's measurement
-leaves out the paged optimizer, whose moments lie in memory that CUDA moves to and fro, and so does the prediction then.
+first update makes the optimizer's moments; the second is measured. A GPU's measurement does not see the moments of
+the paged optimizer, which lie in memory that CUDA moves to and fro; the prediction has them.
 """
 
 import csv

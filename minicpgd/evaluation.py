@@ -86,7 +86,8 @@ def open_policy(run_or_model: str | Path) -> tuple[Policy, TrainConfig]:
     """
     folder = Path(run_or_model)
     if not ((folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()):
-        return load_policy(str(run_or_model)), TrainConfig()
+        several = None if str(run_or_model) == "embedded" else 64  # a real model's keys and values need room
+        return load_policy(str(run_or_model)), TrainConfig(rollout_batch_size=several)
     config = load_config(folder / "config.json")
     if not (folder / config.trained_as).is_dir():
         raise UserError(f"{folder}: has not finished; if it is not running, `minicpgd train --resume {folder}`")

@@ -53,11 +53,11 @@ class Rollout:
         """
         if tokens is None:
             return list(torch.arange(len(rows), device=rows.device).split(size or len(rows)))
-        prompts, completions = self.prompt_mask[rows].sum(dim=1), self.lengths[rows]
+        prompts, completions = self.prompt_mask[rows].sum(dim=1).tolist(), self.lengths[rows].tolist()
         parts: list[list[int]] = []
-        for i in (prompts + completions).argsort(descending=True, stable=True).tolist():
+        for i in sorted(range(len(rows)), key=lambda i: prompts[i] + completions[i], reverse=True):
             grown = [*parts[-1], i] if parts else [i]
-            width = int(prompts[grown].max() + completions[grown].max())
+            width = max(prompts[j] for j in grown) + max(completions[j] for j in grown)
             fits = len(grown) * width <= tokens and len(grown) <= (size or len(rows))
             parts = [*parts[:-1], grown] if parts and fits else [*parts, [i]]
         return [torch.tensor(part, device=rows.device) for part in parts]

@@ -168,6 +168,25 @@ def test_the_reference_is_the_model_without_its_adapter(small):
     torch.testing.assert_close(learner._score(learner.policy.model, rollout), rollout.logp, atol=1e-4, rtol=1e-4)
 
 
+def test_the_adapter_is_the_one_asked_for():
+    r"""$W x + (\alpha / r) B A x$, on the layers named; A from the seed, B zero: it begins as the model itself."""
+    asked = {"lora_r": 4, "lora_alpha": 12, "lora_target_modules": "q_proj, down_proj"}
+    policy, again, other = (load_policy("embedded", seed=seed, **asked) for seed in (1, 1, 2))
+    trained = dict(policy.model.named_parameters())
+    names = {name.split(".lora_")[0].split(".")[-1] for name in trained if "lora_" in name}
+    assert names == {"q_proj", "down_proj"}
+    for (name, a), b, c in zip(trained.items(), again.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c) == ("lora_A" not in name)
+        assert "lora_B" not in name or not a.any()
+    layer = policy.peft.get_base_model().model.layers[0].self_attn.q_proj
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        up.normal_()
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(layer(x), x @ layer.base_layer.weight.T + 3 * x @ down.T @ up.T)
+
+
 def words(n):
     """A tokenizer with n ids, the embedded model's characters among them."""
     vocabulary = {t: i for i, t in enumerate(["<pad>", "<eos>", *"0123456789+-*=,#"])}
