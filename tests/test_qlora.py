@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -333,11 +333,16 @@ def test_responses_generated_in_parts(policy):
 
 
 def test_the_chat_template(policy):
-    """Applied where there is one, once: its special tokens are its own."""
+    """Applied where there is one; it brings its own special tokens, so the tokenizer adds no more."""
+    letters = policy.encode(["1+2="])[0][0].tolist()
+    begin = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    policy.tokenizer.backend_tokenizer.post_processor = begin
     plain = policy.encode(["1+2="])[0]
-    policy.tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.content }}{% endfor %}#"
-    assert policy.decode(policy.encode(["1+2="])[0], torch.tensor([6])) == ["1+2=#"]
-    assert policy.encode(["1+2="])[0].tolist() == [[1, *plain[0].tolist(), 17]]
+    assert plain.tolist() == [[0, *letters]]
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}<eos>{{ m.content }}{% endfor %}{% if add_generation_prompt %}#{% endif %}"
+    )
+    assert policy.encode(["1+2="])[0].tolist() == [[1, *letters, 17]]
     policy.chat_template = False
     assert torch.equal(policy.encode(["1+2="])[0], plain)
 
