@@ -80,9 +80,14 @@ def memory() -> pd.DataFrame:
         row = {"settings": case}
         for _, part in parts.iterrows():
             row[f"{part['part']}, MiB"] = f"{part['measured_bytes'] / 2**20:.0f}"
-            row[f"{part['part']}, predicted"] = f"{part['predicted_bytes'] / 2**20:.0f} ({part['error']:+.0%})"
+            row[f"{part['part']}, predicted"] = f"{part['predicted_bytes'] / 2**20:.0f} ({_percent(part['error'])})"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _percent(share: float) -> str:
+    rounded = round(100 * share)
+    return f"{rounded:+d} %" if rounded else "0 %"
 
 
 def generation() -> pd.DataFrame:

@@ -164,6 +164,7 @@ def test_the_reference_is_the_model_without_its_adapter(small):
     ref = learner._reference_logp(rollout)
     plain = learner._score(load_policy("embedded", load_in_4bit=True).model, rollout)
     torch.testing.assert_close(ref, plain)
+    assert (ref[~rollout.mask] == 0).all()
     assert (ref - rollout.logp)[rollout.mask].abs().max() > 0.1  # the adapter is on again, and was on when sampling
     torch.testing.assert_close(learner._score(learner.policy.model, rollout), rollout.logp, atol=1e-4, rtol=1e-4)
 
