@@ -174,7 +174,10 @@ def test_chunked_logprobs_are_the_plain_ones(chunk):
     plain.mean().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, given, logits: rows.append(logits.numel() // 150_000))
     logp, _ = token_logprobs(model, ids, mask, 40, chunk_size=chunk)
+    assert max(rows) == (chunk or 2**24 // 150_000)  # by itself no more than 64 MiB of logits
     logp.mean().backward()
     torch.testing.assert_close(logp, plain, atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from minicpgd import ALGORITHMS, TrainConfig, UserError, evaluate, load_run, train
+from minicpgd.card import write_card
 from minicpgd.evaluation import open_policy, respond
 from minicpgd.export import dequantised, export
 from minicpgd.learner import Learner
@@ -109,11 +110,21 @@ def test_the_exported_model_answers_the_same(base, trained, tmp_path):
         assert 0.8 < result.same_answers < 1
         assert 1e-4 < result.mean_difference < 0.05
     # the folder alone, with transformers alone
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     policy, config = open_policy(trained[0])
     exported = Policy(alone, policy.tokenizer)
     answers = [respond(p, task_of(config), 128, max_completion_length=64)[0].completions for p in (policy, exported)]
     assert sum(map(str.__eq__, *answers)) / 128 == result.same_answers
+
+
+def test_the_card_says_how_it_went(trained, tmp_path):
+    metrics, text = load_run(trained[0]).metrics, write_card(tmp_path, trained[0]).read_text()
+    before, after = metrics["eval_accuracy"][0], metrics["eval_accuracy"][-1]
+    assert f"| {before:.3f} | {after:.3f} |" in text
+    assert before < after
+    assert f"in the last 10 steps | {metrics['reward'][0]:.3f} | {metrics['reward'][-10:].mean():.3f} |" in text
+    assert "minicpgd train --load-in-4bit --lora-r 16 --max-steps 15 --learning-rate 0.0002 --eval-steps 15" in text
 
 
 def test_four_bit_weights_swallow_a_gentle_adapter(trained):

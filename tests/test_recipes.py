@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from minicpgd import UserError, load_run, memory
+from minicpgd import TrainConfig, UserError, load_run, memory
 from minicpgd.card import command
 from minicpgd.cli import parse
 from minicpgd.policy import Policy
@@ -195,6 +195,13 @@ def test_without_a_network_one_line_says_what_to_fetch(somewhere):
             run("train", "--recipe", "qwen2.5-0.5b-8gb", *given)
         assert "\n" not in str(caught.value)
         assert not (somewhere / "runs").exists()
+
+
+def test_the_cards_command_makes_the_same_run():
+    config = TrainConfig(chat_template=False, lora_r=4, instruction="Think twice.", drift_coef=3.0)
+    assert command(config) == (
+        "minicpgd train --lora-r 4 --instruction 'Think twice.' --no-chat-template --drift-coef 3.0"
+    )
 
 
 def test_recipes_are_all_there():
