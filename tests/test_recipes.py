@@ -1,6 +1,7 @@
 """Real models: recipes, the plan before a run, and a recipe from end to end on a model that fits in a test."""
 
 import json
+import random
 import re
 import socket
 
@@ -9,12 +10,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from minicpgd import TrainConfig, UserError, load_run, memory
+from minicpgd import TrainConfig, UserError, evaluate, load_run, memory, train
 from minicpgd.card import command
 from minicpgd.cli import parse
 from minicpgd.policy import Policy
 from minicpgd.pretrain import make_tokenizer
 from minicpgd.recipes import FOLDER, KNOWN, load_recipe
+from minicpgd.tasks import get_task
 
 
 def run(*arguments):
@@ -207,3 +209,17 @@ def test_the_cards_command_makes_the_same_run():
 def test_recipes_are_all_there():
     assert {path.stem for path in FOLDER.glob("*.yaml")} - set(KNOWN) == {"architectures"}
     assert {name.split("-")[0] for name in KNOWN} == {"qwen2.5", "llama", "gemma"}
+
+
+def test_a_file_with_fewer_problems_than_asked_for(tmp_path):
+    """Shares are of those there are: pass@1 is the sampled accuracy."""
+    task = get_task("chain_arithmetic")
+    rows = task.sample(100, random.Random(0)) + task.held_out(30)  # the file holds out by the rule that the task does
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig(
+        task="jsonl", data=str(tmp_path / "mine.jsonl"), output_dir=str(tmp_path / "run"), max_steps=1, num_prompts=2,
+        num_generations=4, eval_problems=1000,
+    )  # fmt: skip
+    result = evaluate(train(config), num_problems=1000, num_samples=4)
+    assert result["sampled_accuracy"] > 0.1
+    assert result["pass@1"] == pytest.approx(result["sampled_accuracy"])
