@@ -98,6 +98,10 @@ def train(config: TrainConfig, resume: Path | None = None) -> None:
     """
     if resume:
         config = replace(config, output_dir=str(resume))
+    if config.model != "embedded":
+        console.print(
+            f"loading {config.model} and the problems of {config.task}; the hub is asked for what is not here"
+        )
     interrupted: list[int] = []
     reached = 0
 

@@ -59,7 +59,9 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
     """
     trained, config = open_policy(run)
     if not trained.peft:
-        raise UserError(f"{run}: has no adapter; {run / config.trained_as} can be used as it is")
+        whole = run / config.trained_as
+        as_it_is = f"; {whole} can be used as it is" if whole.is_dir() else ": name the folder of a run with LoRA"
+        raise UserError(f"{run}: has no adapter{as_it_is}")
     if folder.exists():
         raise UserError(f"folder = {str(folder)!r} exists already: choose another")
     answers, right = _answers(trained, config, num_problems)

@@ -3,6 +3,7 @@
 import random
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -400,3 +401,5 @@ def test_export_refuses_what_it_cannot(small, trained, tmp_path):
         export(whole, tmp_path / "out")
     with pytest.raises(UserError, match="exists already"):
         export(trained[0], tmp_path)
+    with pytest.raises(UserError, match="embedded: has no adapter: name the folder of a run"):
+        export(Path("embedded"), tmp_path / "out")
