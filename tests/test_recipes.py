@@ -4,6 +4,7 @@ import json
 import random
 import re
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from minicpgd.policy import Policy
 from minicpgd.pretrain import make_tokenizer
 from minicpgd.recipes import FOLDER, KNOWN, load_recipe
 from minicpgd.tasks import get_task
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def run(*arguments):
@@ -43,6 +46,8 @@ def test_a_recipe_fits_its_card_and_says_what_it_needs(name):
     assert predicted < 0.9 * recipe.card_gib
     assert name.endswith(f"-{recipe.card_gib:g}gb")
     assert "predicted" in recipe.basis
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+    assert row.endswith(f"| {recipe.card_gib:g} GB | {recipe.peak_gib:g} |")
     assert recipe.config.load_in_4bit
     assert recipe.config.rollout_batch_size
 
