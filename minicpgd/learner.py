@@ -14,8 +14,6 @@ for bit from its newest checkpoint.
 """
 
 import random
-import resource
-import sys
 import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -35,6 +33,7 @@ from minicpgd.policy import Policy, policy_of
 from minicpgd.qlora import LOSS_SCALE, make_optimizer
 from minicpgd.rewards import RewardFunction, call_reward, load_reward
 from minicpgd.rollout import Rollout, generate
+from minicpgd.runlog import peak_memory
 from minicpgd.tasks import Task, task_of
 
 
@@ -116,7 +115,7 @@ class Learner:
             "rollout_seconds": sampled - started,
             "update_seconds": ended - sampled,
             "tokens_per_second": int(rollout.lengths.sum()) / (ended - started),
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak_memory(),
         }
         samples = _sample_rows(step, problems, rollout, rewards, advantages) if logged else []
         return StepLog(metrics, timings, samples, passes)
@@ -292,11 +291,3 @@ def _sample_rows(
         {"step": step, "prompt": problem["prompt"], "completion": text, "reward": reward, "advantage": advantage}
         for problem, text, reward, advantage in zip(*columns, strict=True)
     ][: rewards.shape[1]]
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else kilobytes * 1024

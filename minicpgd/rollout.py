@@ -5,12 +5,13 @@ kept for the ratio are those the tokens were drawn from, at the same temperature
 quietly keep the 50 likeliest tokens only.)
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from minicpgd.errors import NonFiniteError
 from minicpgd.logprobs import logp_and_entropy, position_ids
@@ -90,75 +91,99 @@ def generate(
     """
     model, was_training = policy.model, policy.model.training
     model.eval()
-    prompt_ids, prompt_mask = policy.encode(prompts)
-    batch, device = len(prompt_ids) * num_generations, policy.device
-    ids = torch.full((batch, max_completion_length), policy.pad_id, device=device)
-    logp = torch.zeros(batch, max_completion_length, device=device)
-    entropy = torch.zeros_like(logp)
-    lengths = torch.full((batch,), max_completion_length, device=device)
-    eos_ids = policy.eos_ids
-
-    truncated = torch.zeros(batch, dtype=torch.bool, device=device)
-    for rows in torch.arange(batch, device=device).split(batch_size or batch):  # finished ones leave
-        running = torch.ones(len(rows), dtype=torch.bool, device=device)  # of those, the ones without an end yet
-        # a group's prompt is read once, and what it left in the cache handed to each of the group
-        asked, group = torch.unique_consecutive(rows // num_generations, return_inverse=True)
-        attention, cache, new = prompt_mask[asked], DynamicCache(config=model.config), prompt_ids[asked]
-        for t in range(max_completion_length):
-            logits = model(
-                input_ids=new,
-                attention_mask=attention,
-                position_ids=position_ids(attention)[:, -new.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            if t == 0:
-                cache.batch_select_indices(group)
-                logits, attention = logits[group], attention[group]
-            logits = logits.float() / temperature
-            token = _draw(logits, top_k, top_p, generator)
-            token_logp, token_entropy = logp_and_entropy(logits, token)
-            alive = rows[running]
-            ids[alive, t], logp[alive, t] = token[running], token_logp[running]
-            entropy[alive, t] = token_entropy[running]
-            ended = running & torch.isin(token, eos_ids)
-            lengths[rows[ended]] = t + 1
-            running = running & ~ended
-            if not running.any():
-                break
-            if 2 * int(running.sum()) <= len(rows):  # half have ended: stop paying for them
-                keep = running.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                rows, token, attention, running = rows[keep], token[keep], attention[keep], running[keep]
-            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
-            new = token[:, None]
-        truncated[rows[running]] = True
+    prompt_ids, prompt_mask = (t.repeat_interleave(num_generations, dim=0) for t in policy.encode(prompts))
+    batch, device = len(prompt_ids), policy.device
+    made = Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=torch.full((batch, max_completion_length), policy.pad_id, device=device),
+        mask=torch.zeros(batch, max_completion_length, dtype=torch.bool, device=device),
+        lengths=torch.full((batch,), max_completion_length, device=device),
+        truncated=torch.zeros(batch, dtype=torch.bool, device=device),
+        logp=torch.zeros(batch, max_completion_length, device=device),
+        entropy=torch.zeros(batch, max_completion_length, device=device),
+        completions=[],
+    )
+    draw = functools.partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    for rows in torch.arange(batch, device=device).split(batch_size or batch):
+        _fill(made, rows, rows // num_generations, model, policy.eos_ids, draw)
     model.train(was_training)
 
-    longest = int(lengths.max())
-    return Rollout(
-        prompt_ids=prompt_ids.repeat_interleave(num_generations, dim=0),
-        prompt_mask=prompt_mask.repeat_interleave(num_generations, dim=0),
-        completion_ids=ids[:, :longest],
-        mask=torch.arange(longest, device=device) < lengths[:, None],
-        lengths=lengths,
-        truncated=truncated,
-        logp=logp[:, :longest],
-        entropy=entropy[:, :longest],
-        completions=policy.decode(ids, lengths),
+    longest = int(made.lengths.max())
+    return replace(
+        made,
+        completion_ids=made.completion_ids[:, :longest],
+        mask=torch.arange(longest, device=device) < made.lengths[:, None],
+        logp=made.logp[:, :longest],
+        entropy=made.entropy[:, :longest],
+        completions=policy.decode(made.completion_ids, made.lengths),
     )
 
 
-def _draw(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """(b, V) logits to (b,) token ids: drawn from the likeliest, or, without a generator, the likeliest."""
+def _fill(
+    made: Rollout,
+    rows: Tensor,
+    groups: Tensor,
+    model: PreTrainedModel,
+    eos_ids: Tensor,
+    draw: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    """Write some responses into a rollout, token by token.
+
+    Args:
+        rows: (b,), which; those that have ended leave it in batches.
+        groups: (b,), equal where the prompt is the same. It is read once; what that leaves in the cache goes to each.
+        draw: (b, V) logits to (b,) tokens, their log-probabilities, and entropies.
+    """
+    asked, group = torch.unique_consecutive(groups, return_inverse=True)
+    first = torch.stack([rows[groups == which][0] for which in asked])
+    attention, cache, new = made.prompt_mask[first], DynamicCache(config=model.config), made.prompt_ids[first]
+    running = torch.ones(len(rows), dtype=torch.bool, device=rows.device)  # of the rows, those without an end yet
+    for t in range(made.completion_ids.shape[1]):
+        logits = model(
+            input_ids=new,
+            attention_mask=attention,
+            position_ids=position_ids(attention)[:, -new.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if t == 0:
+            cache.batch_select_indices(group)
+            logits, attention = logits[group], attention[group]
+        token, logp, entropy = draw(logits)
+        alive = rows[running]
+        made.completion_ids[alive, t], made.logp[alive, t] = token[running], logp[running]
+        made.entropy[alive, t] = entropy[running]
+        ended = running & torch.isin(token, eos_ids)
+        made.lengths[rows[ended]] = t + 1
+        running = running & ~ended
+        if not running.any():
+            break
+        if 2 * int(running.sum()) <= len(rows):  # half have ended: stop paying for them
+            keep = running.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, token, attention, running = rows[keep], token[keep], attention[keep], running[keep]
+        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
+        new = token[:, None]
+    made.truncated[rows[running]] = True
+
+
+def _draw(
+    logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, V) logits to (b,) tokens, drawn from the likeliest or, without a generator, the likeliest; with log-probs."""
+    logits = logits.float() / temperature
     if not logits.isfinite().all():
         raise NonFiniteError("the model's logits are not finite")
     if generator is None:
-        return logits.argmax(-1)
-    # the warpers' first argument, the text so far, is not looked at
-    if top_k > 0:
-        logits = TopKLogitsWarper(top_k)(None, logits)  # type: ignore[arg-type]
-    if top_p < 1:
-        logits = TopPLogitsWarper(top_p)(None, logits)  # type: ignore[arg-type]
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+        token = logits.argmax(-1)
+    else:
+        likeliest = logits
+        # the warpers' first argument, the text so far, is not looked at
+        if top_k > 0:
+            likeliest = TopKLogitsWarper(top_k)(None, likeliest)  # type: ignore[arg-type]
+        if top_p < 1:
+            likeliest = TopPLogitsWarper(top_p)(None, likeliest)  # type: ignore[arg-type]
+        token = torch.multinomial(likeliest.softmax(-1), 1, generator=generator).squeeze(1)
+    return token, *logp_and_entropy(logits, token)

@@ -15,7 +15,9 @@ Line 0 of the metrics is the model before training: its greedy accuracy and its 
 import functools
 import json
 import os
+import resource
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from minicpgd.checkpoint import write_atomically
@@ -69,6 +72,14 @@ def run_seconds(path: str | Path) -> float:
     """Seconds that a run spent in rollouts and updates."""
     timings = load_timings(path)
     return float((timings["rollout_seconds"] + timings["update_seconds"]).sum()) if timings else 0.0
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
