@@ -81,6 +81,7 @@ BAD = {
     "train: {lora_r: many}": "train: lora_r = 'many': int expected",
     "train: {seed: 1}\nexpects: {}": "expects: sections are `train:` and `expect:`",
     "train: {seed: 1}\nexpect: {peak: 3}": "expect: peak: no such setting; peak_gib?",
+    "train: {seed: 1}\nexpect: {peak_gib: lots}": "expect: peak_gib = 'lots': a number of GiB expected",
     "train: {seed: 1": "not readable as YAML: while parsing a flow mapping",
     "train: {model: !!python/object/apply:os.getcwd []}": "not readable as YAML",
     "train: {load_in_4bit: true}": "train: lora_r = 0: 4-bit weights cannot be trained",

@@ -54,6 +54,9 @@ def load_recipe(name: str) -> Recipe:
     floats = {field.name for field in fields(TrainConfig) if field.type in (float, float | None)}
     for key in floats & set(train):
         train[key] = _number(train[key])
+    for key in {"card_gib", "peak_gib"} & set(expect):
+        if not isinstance(expect[key], int | float):
+            raise ConfigError(f"{path}: expect: {key} = {expect[key]!r}: a number of GiB expected")
     try:
         return Recipe(TrainConfig(**train), **expect)
     except ConfigError as error:
