@@ -30,7 +30,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto"
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
 
 FOUR_BIT = (
-    "It was trained on weights rounded to 4 bit. On the weights as published it answers a little differently; "
+    "It was trained on weights rounded to 4 bit. On the weights as published it may answer differently; "
     "`minicpgd export` writes out the model it was trained on."
 )
 

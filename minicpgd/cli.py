@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from minicpgd import commands, inspecting, planning
@@ -114,6 +115,14 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:  # a disk, a permission: it names the file
         print(f"minicpgd: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(
+            "minicpgd: the card's memory is full; checkpoints are kept. Less is needed with --gradient-checkpointing, "
+            "--micro-batch-tokens 2048, --rollout-batch-size 16; `minicpgd memory --gpu GB` says what fits "
+            f"({' '.join(str(error).split())[:120]})",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("minicpgd: stopped. What is finished is kept; a study goes on with the same command", file=sys.stderr)

@@ -113,6 +113,8 @@ def respond(
         The rollout, and a bool tensor (problems, max(1, num_samples)): which responses are right. There are fewer
         problems than asked for where the task has no more.
     """
+    if num_problems < 1:
+        raise UserError(f"num_problems = {num_problems}: it has to be at least 1")
     problems = task.held_out(num_problems, seed)
     group = max(1, num_samples)
     rollout = generate(

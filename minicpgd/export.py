@@ -4,14 +4,18 @@ $W + \frac{\alpha}{r}BA$, in full precision. A run in 4 bit never saw the publis
 are two weights to add to:
 
 - `dequantised`: the rounded weights, written out in full. The result computes what was trained, to the last digits.
-- `full`: the weights as published. The model is a better one to begin with, the adapter was made for another.
+- `full`: the weights as published, for which the adapter was not made.
 
 Never into the 4-bit weights themselves. Those lie on a grid of 16 values; a sum of theirs with something smaller than
 half a step is rounded back to where it was, and a gentle training is gone. In `docs/qlora.md` all this is measured.
 
+The whole model in float32 has to fit: four bytes a weight, more than training took. Where a card has less, hide it
+(`CUDA_VISIBLE_DEVICES= minicpgd export RUN`), and all is done on the CPU.
+
 In: the folder of a finished LoRA run. Out: a folder that transformers loads, and by how much it differs.
 """
 
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -43,6 +47,7 @@ class Exported:
     same_answers: float  # share of problems with the same text
     accuracy_trained: float
     accuracy_exported: float
+    num_problems: int
 
 
 def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems: int = 64) -> Exported:
@@ -62,17 +67,20 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
         whole = run / config.trained_as
         as_it_is = f"; {whole} can be used as it is" if whole.is_dir() else ": name the folder of a run with LoRA"
         raise UserError(f"{run}: has no adapter{as_it_is}")
+    if num_problems < 1:
+        raise UserError(f"num_problems = {num_problems}: it has to be at least 1")
     if folder.exists():
         raise UserError(f"folder = {str(folder)!r} exists already: choose another")
     answers, right = _answers(trained, config, num_problems)
     before = _score(trained.model, answers, config)
     weights = dequantised(trained.peft.get_base_model()) if base == "dequantised" and config.load_in_4bit else {}
-    del trained  # a card holds one of them
+    del trained
+    gc.collect()  # adapters refer to themselves; a card holds one of the two models
 
-    policy = policy_of(replace(config, load_in_4bit=False, beta=0.0), adapter=run / config.trained_as)
+    policy = policy_of(replace(config, load_in_4bit=False, beta=0.0, dtype="float32"), adapter=run / config.trained_as)
     for name, module in policy.peft.get_base_model().named_modules():
         if name in weights:
-            module.base_layer.weight.data.copy_(weights.pop(name))
+            getattr(module, "base_layer", module).weight.data.copy_(weights.pop(name))
     apart = _score(policy.model, answers, config)
     merged = Policy(policy.peft.merge_and_unload(), policy.tokenizer, chat_template=policy.chat_template)
     together = _score(merged.model, answers, config)
@@ -86,6 +94,7 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
         same_answers=sum(a == b for a, b in zip(answers.completions, again.completions, strict=True)) / len(right),
         accuracy_trained=right.double().mean().item(),
         accuracy_exported=right_again.double().mean().item(),
+        num_problems=len(right),
     )
 
 

@@ -93,7 +93,7 @@ def export(
     result = export_(run, made, base=base, num_problems=num_problems)
     write_card(made, run, result)
     rows = {
-        "same answers": f"{result.same_answers:.1%}   of {num_problems} held-out problems, greedily, to the letter",
+        "same answers": f"{result.same_answers:.1%}   of {result.num_problems} held-out problems, greedily",
         "accuracy": f"{result.accuracy_trained:.3f} → {result.accuracy_exported:.3f}",
         "log-probabilities": f"{result.mean_difference:.2g}   nats from the run's, mean over the answers' tokens",
         "rounding": f"{result.rounding:.2g}   nats at most, by adding the adapter into the weights",

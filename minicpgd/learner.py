@@ -53,6 +53,7 @@ class Learner:
     def from_config(cls, config: TrainConfig) -> "Learner":
         """Load what the config names."""
         task = task_of(config)
+        reward = load_reward(config.reward) if config.reward else task.reward  # before what takes long
         policy = policy_of(config)
         policy.model.train()
         trained = [p for p in policy.model.parameters() if p.requires_grad]
@@ -63,7 +64,7 @@ class Learner:
             config=config,
             algorithm=ALGORITHMS[config.algorithm],
             task=task,
-            reward=load_reward(config.reward) if config.reward else task.reward,
+            reward=reward,
             policy=policy,
             optimizer=optimizer,
             drift_coef=1.0 if config.drift_coef == "auto" else config.drift_coef,

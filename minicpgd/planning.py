@@ -5,6 +5,7 @@ In: settings. Out: tables on the terminal. Nothing is loaded, nothing is downloa
 
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from minicpgd.ladder import fits
 from minicpgd.memory import COMPONENTS, GIB, PROMPT_LENGTH, ROLLOUT, UPDATE, Memory, predict
 from minicpgd.progress import console
 from minicpgd.recipes import Recipe
+from minicpgd.rewards import load_reward
+from minicpgd.runlog import refuse_existing
 from minicpgd.tasks import describe_data
 
 USUAL = TrainConfig(
@@ -45,10 +48,15 @@ def memory(config: TrainConfig, gpu: float | None = None, prompt_length: int = P
     ladder = Table(title=f"\nOn a card of {gpu:g} GB", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("each line changes one thing more", "rollout", "update", "in all", "fits"):
         ladder.add_column(name, justify="right" if name in ("rollout", "update", "in all") else "left")
-    for rung in rungs:
+    for before, rung in zip([rungs[0], *rungs], rungs, strict=False):
+        flags = [
+            f"--{field.name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for field in fields(TrainConfig)
+            if (value := getattr(rung.config, field.name)) != getattr(before.config, field.name)
+        ]
         sizes = (rung.memory.rollout, rung.memory.update, rung.memory.peak)
         fitting = "[green]yes[/]" if rung.fits else "[red]no[/]"
-        ladder.add_row(rung.change, *(f"{size / GIB:.1f} GiB" for size in sizes), fitting)
+        ladder.add_row(" ".join([rung.change, *flags]), *(f"{size / GIB:.1f} GiB" for size in sizes), fitting)
     console.print(ladder)
 
 
@@ -58,6 +66,9 @@ def dry_run(config: TrainConfig, recipe: Recipe | None = None) -> None:
     Raises:
         UserError: the model is unknown, or the data are not where they should be.
     """
+    refuse_existing(config.folder)
+    if config.reward:
+        load_reward(config.reward)
     architecture = model_config(config.model)
     on_card = torch.cuda.is_available() or config.load_in_4bit
     shape = rehearsal.shape_of(architecture, config, torch.bfloat16)
@@ -81,7 +92,7 @@ def dry_run(config: TrainConfig, recipe: Recipe | None = None) -> None:
     predicted = predict(config, architecture, prompt_length=length, device="cuda" if on_card else "cpu")
     console.print(f"Memory {'on a card' if on_card else 'on this CPU'}, predicted for prompts of {length} tokens:\n")
     _show(predicted)
-    if recipe and recipe.peak_gib:
+    if recipe and recipe.peak_gib and recipe.card_gib:
         note = f"The recipe expects {recipe.peak_gib:g} GiB of {recipe.card_gib:g}: {recipe.basis}."
         console.print(
             note if config == recipe.config else f"{note} That is for its own settings; some are changed here."

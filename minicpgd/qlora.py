@@ -100,6 +100,7 @@ def add_adapter(model: PreTrainedModel, *, r: int, alpha: int, target_modules: s
             return peft.get_peft_model(model, config)
     except ValueError as error:
         linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        linear.discard("lm_head")  # often shared with the embeddings, and then cannot be merged
         raise ConfigError(
             f"lora_target_modules = {target_modules!r}: choose all-linear, or from {', '.join(sorted(linear))}"
         ) from error

@@ -11,6 +11,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 from minicpgd.errors import ConfigError, UserError, did_you_mean
@@ -174,8 +175,12 @@ def _find(name: str, text: str) -> RewardFunction:
         )
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module name at all
+    except (ImportError, ValueError) as error:  # ValueError: no module name at all
         raise ConfigError(f"reward = {text!r}: {error}; is the module's folder on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise ConfigError(f"reward = {text!r}: {error}") from error
+    except Exception as error:  # the module's own, a syntax error say
+        raise ConfigError(f"reward = {text!r}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ConfigError(f"reward = {text!r}: {function_name} is not a function")
     return function
@@ -200,7 +205,7 @@ def _call(
     name: str, function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, list]
 ) -> list[float]:
     try:
-        rewards = list(function(prompts, list(completions), **columns))
+        rewards = list(function(prompts=prompts, completions=list(completions), **columns))
     except UserError:  # a part of a sum has been told already, with its own name
         raise
     except Exception as error:
@@ -211,6 +216,6 @@ def _call(
             "it has to return one each"
         )
     for completion, reward in zip(completions, rewards, strict=True):
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+        if not isinstance(reward, Real) or not math.isfinite(reward):
             raise UserError(f"reward function {name} returned {reward!r} for {completion!r}; a finite number is needed")
     return [float(reward) for reward in rewards]

@@ -110,6 +110,15 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raises ConfigError where a run's folder is there already; to be asked before anything that takes long."""
+    if folder.exists():
+        raise ConfigError(
+            f"output_dir = {str(folder)!r} exists already: go on with `minicpgd train --resume {folder}`, "
+            "or choose another"
+        )
+
+
 @dataclass(frozen=True)
 class RunLog:
     """The writing side of a run's folder."""
@@ -124,12 +133,8 @@ class RunLog:
         Raises:
             ConfigError: there is one already.
         """
+        refuse_existing(config.folder)
         folder = config.folder
-        if folder.exists():
-            raise ConfigError(
-                f"output_dir = {str(folder)!r} exists already: go on with `minicpgd train --resume {folder}`, "
-                "or choose another"
-            )
         making = folder.with_name(f".{folder.name}.{os.getpid()}")
         making.mkdir(parents=True)
         try:

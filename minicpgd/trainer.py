@@ -16,7 +16,7 @@ from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError, UserError
 from minicpgd.learner import Learner
 from minicpgd.policy import Policy
-from minicpgd.runlog import RunLog
+from minicpgd.runlog import RunLog, refuse_existing
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
         UserError: what cannot be loaded, resumed or written, a reward function that fails, a run folder that exists.
         NonFiniteError: a loss or gradient stopped being a number; checkpoints hold the last good state.
     """
+    if not resume:
+        refuse_existing(config.folder)
     learner = Learner.from_config(config)
     listener.loaded(learner.policy)
     with _writing(config.folder):

@@ -395,6 +395,18 @@ def test_an_adapter_for_another_model_is_refused(trained, folder_of_random_weigh
         load_policy("embedded", adapter=trained[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_on_some_layers_is_exported(dtype, small, tmp_path):
+    """Also where the run computed in bfloat16: the sum is made and kept in float32."""
+    run = train(small(max_steps=1, lora_target_modules="q_proj,v_proj", dtype=dtype, learning_rate=1e-2, **QLORA))
+    result = export(run, tmp_path / "out", num_problems=8)
+    assert result.num_problems == 8
+    assert result.rounding < 1e-3
+    assert load_policy(str(tmp_path / "out")).model.dtype == torch.float32
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118 (not a dict)
+
+
 def test_export_refuses_what_it_cannot(small, trained, tmp_path):
     whole = train(small(max_steps=1))
     with pytest.raises(UserError, match="has no adapter; .*model can be used as it is"):

@@ -653,7 +653,7 @@ def test_a_sum_of_rewards_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "chains.jsonl", chains(200))
     (tmp_path / "by_length.py").write_text(
-        "def f(prompts, completions, **_):\n    return [len(c) for c in completions]\n"
+        "def f(completions, **_):\n    return [len(c) for c in completions]\n"  # as TRL would call it: by keyword
     )
     words = "--task jsonl --data chains.jsonl --max-steps 2 --num-prompts 2 --num-generations 4 --num-minibatches 2"
     words += " --eval-problems 4 --output-dir run --max-completion-length 32 --reward"
@@ -662,7 +662,7 @@ def test_a_sum_of_rewards_on_the_command_line(tmp_path, monkeypatch, capsys):
     metrics = load_run(tmp_path / "run").metrics
     added = 1000 * (metrics["reward"] - metrics["accuracy"])[1:]
     assert ((added > 0) & (added <= 32)).all()  # the embedded model's tokens are letters
-    monkeypatch.setattr(sys, "argv", ["minicpgd", "train", *words.split(), "math + 0.1*fromat"])
+    monkeypatch.setattr(sys, "argv", ["minicpgd", "train", *words.split(), "math + 0.1*fromat", "--output-dir", "b"])
     with pytest.raises(SystemExit):
         minicpgd.cli.main()
     assert "did you mean 'format'" in capsys.readouterr().err
