@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from minicpgd import TrainConfig, UserError, evaluate, load_run, memory, train
 from minicpgd.card import command
-from minicpgd.cli import parse
+from minicpgd.cli import main, parse
 from minicpgd.policy import Policy
 from minicpgd.pretrain import make_tokenizer
 from minicpgd.recipes import FOLDER, KNOWN, load_recipe
@@ -229,3 +229,17 @@ def test_a_file_with_fewer_problems_than_asked_for(tmp_path):
     result = evaluate(train(config), num_problems=1000, num_samples=4)
     assert result["sampled_accuracy"] > 0.1
     assert result["pass@1"] == pytest.approx(result["sampled_accuracy"])
+
+
+def test_a_full_card_is_one_line(monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9.96 GiB")
+
+    monkeypatch.setattr("minicpgd.commands.train", full)
+    monkeypatch.setattr("sys.argv", ["minicpgd", "train"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    told = capsys.readouterr().err
+    assert left.value.code == 2
+    assert told.count("\n") == 1
+    assert "--micro-batch-tokens" in told
