@@ -17,17 +17,16 @@ In: the folder of a finished LoRA run. Out: a folder that transformers loads, an
 
 import gc
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
 from minicpgd.evaluation import open_policy, respond
-from minicpgd.logprobs import token_logprobs
 from minicpgd.policy import Policy, policy_of
 from minicpgd.rollout import Rollout
 from minicpgd.tasks import task_of
@@ -72,7 +71,8 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
     if folder.exists():
         raise UserError(f"folder = {str(folder)!r} exists already: choose another")
     answers, right = _answers(trained, config, num_problems)
-    before = _score(trained.model, answers, config)
+    score = partial(answers.score, size=config.micro_batch_size, tokens=config.micro_batch_tokens)
+    before = score(trained.model.eval())
     weights = dequantised(trained.peft.get_base_model()) if base == "dequantised" and config.load_in_4bit else {}
     del trained
     gc.collect()  # adapters refer to themselves; a card holds one of the two models
@@ -81,9 +81,9 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
     for name, module in policy.peft.get_base_model().named_modules():
         if name in weights:
             getattr(module, "base_layer", module).weight.data.copy_(weights.pop(name))
-    apart = _score(policy.model, answers, config)
+    apart = score(policy.model.eval())
     merged = Policy(policy.peft.merge_and_unload(), policy.tokenizer, chat_template=policy.chat_template)
-    together = _score(merged.model, answers, config)
+    together = score(merged.model.eval())
     again, right_again = _answers(merged, config, num_problems)
     merged.save(folder)
 
@@ -114,15 +114,3 @@ def _answers(policy: Policy, config: TrainConfig, num_problems: int) -> tuple[Ro
         max_completion_length=config.max_completion_length,
         batch_size=config.rollout_batch_size,
     )
-
-
-@torch.no_grad()
-def _score(model: PreTrainedModel, answers: Rollout, config: TrainConfig) -> Tensor:
-    """(B, T) log-probabilities of the answers' tokens."""
-    model.eval()
-    scored = torch.zeros_like(answers.logp)
-    everyone = torch.arange(len(scored), device=scored.device)
-    for part in answers.micro_batches(everyone, config.micro_batch_size, config.micro_batch_tokens):
-        ids, attention, t = answers.inputs(part)
-        scored[part, :t], _ = token_logprobs(model, ids, attention, t)
-    return scored

@@ -13,10 +13,9 @@ A step's randomness is decided by (seed, step) alone, so any step can be repeate
 for bit from its newest checkpoint.
 """
 
-import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from minicpgd.config import TrainConfig
 from minicpgd.divergence import k3
 from minicpgd.errors import NonFiniteError
 from minicpgd.evaluation import respond
+from minicpgd.experience import Draws, Experience, Pass, StepLog, rollout_metrics, sample_rows
 from minicpgd.logprobs import token_logprobs
 from minicpgd.policy import Policy, policy_of
 from minicpgd.qlora import LOSS_SCALE, make_optimizer
@@ -70,58 +70,75 @@ class Learner:
             drift_coef=1.0 if config.drift_coef == "auto" else config.drift_coef,
         )
 
-    def step(self, step: int) -> "StepLog":
+    def step(self, step: int) -> StepLog:
         """One rollout and the K updates made on it.
 
         Ratios, KL and clipped shares are those of the last pass, each minibatch seen just before its own update.
         """
-        config, draws, started = self.config, _draws(self.config.seed, step, self.policy.device), time.perf_counter()
-        problems, rollout = self.sample(draws)
-        rewards = self._grouped(call_reward(self.reward, problems, rollout.completions))
+        config, draws, started = self.config, Draws.at(self.config.seed, step, self.policy.device), time.perf_counter()
+        made = self.experience(draws)
         sampled = time.perf_counter()
-
-        ref_logp = self._reference_logp(rollout)
-        advantages = self.advantages(rollout, rewards, ref_logp)
-        if config.drift_coef == "auto":
-            self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
         logged = step == 1 or step % config.logging_steps == 0
         losses, norms, passes = [], [], []
-        for number in range(1, config.num_iterations + 1):
-            last_pass: list[LossOutput] = []
-            for minibatch in torch.randperm(len(advantages), generator=draws.order).chunk(config.num_minibatches):
-                outputs, norm = self.update(rollout, advantages, ref_logp, minibatch.to(self.policy.device))
-                losses.append(sum(output.loss.item() for output in outputs))
-                norms.append(norm)
-                last_pass += outputs
+        for number, last_pass in enumerate(self.passes(made, draws.order), start=1):
+            losses += last_pass.losses
+            norms += last_pass.norms
             if logged:
-                passes.append({"step": step, "pass": number, **token_metrics(last_pass)})
+                passes.append({"step": step, "pass": number, **token_metrics(last_pass.outputs)})
         ended = time.perf_counter()
 
-        right = [self.task.is_correct(p, text) for p, text in zip(problems, rollout.completions, strict=True)]
+        answers = zip(made.problems, made.rollout.completions, strict=True)
+        right = [self.task.is_correct(problem, text) for problem, text in answers]
         metrics = {
-            **_rollout_metrics(rollout, rewards, right),
-            "advantage_min": advantages.min().item(),
-            "advantage_max": advantages.max().item(),
+            **rollout_metrics(made, right),
+            "advantage_min": made.advantages.min().item(),
+            "advantage_max": made.advantages.max().item(),
             "drift_coef": self.drift_coef if self.algorithm.drift else 0.0,
-            **token_metrics(last_pass),
+            **token_metrics(last_pass.outputs),
             "grad_norm": float(np.mean(norms)),
             "loss": float(np.mean(losses)),
             "learning_rate": config.learning_rate,
         }
-        if ref_logp is not None:  # where beta acts in the loss, it has been measured there
-            metrics.setdefault("kl_ref", k3((ref_logp - rollout.logp)[rollout.mask]).mean().item())
+        if made.ref_logp is not None:  # where beta acts in the loss, it has been measured there
+            metrics.setdefault("kl_ref", k3((made.ref_logp - made.rollout.logp)[made.rollout.mask]).mean().item())
         if step % config.eval_steps == 0 or step == config.max_steps:
             metrics["eval_accuracy"] = self._respond(sampled=False)[1].double().mean().item()
         timings = {
             "rollout_seconds": sampled - started,
             "update_seconds": ended - sampled,
-            "tokens_per_second": int(rollout.lengths.sum()) / (ended - started),
+            "tokens_per_second": int(made.rollout.lengths.sum()) / (ended - started),
             "peak_memory_bytes": peak_memory(),
         }
-        samples = _sample_rows(step, problems, rollout, rewards, advantages) if logged else []
+        samples = sample_rows(step, made) if logged else []
         return StepLog(metrics, timings, samples, passes)
 
-    def sample(self, draws: "Draws") -> tuple[list[dict[str, str]], Rollout]:
+    def experience(self, draws: Draws) -> Experience:
+        """Sample, reward, and compare; sets `drift_coef`, where that is "auto"."""
+        problems, rollout = self.sample(draws)
+        rewards = self._grouped(call_reward(self.reward, problems, rollout.completions))
+        ref_logp = self._reference_logp(rollout)
+        advantages = self.advantages(rollout, rewards, ref_logp)
+        if self.config.drift_coef == "auto":
+            self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
+        return Experience(problems, rollout, rewards, advantages, ref_logp)
+
+    def passes(self, made: Experience, order: torch.Generator) -> Iterator[Pass]:
+        """Go over a rollout `num_iterations` times, with `num_minibatches` updates each time; lazily, pass by pass.
+
+        Args:
+            order: the source of the order in which responses are met.
+        """
+        for _ in range(self.config.num_iterations):
+            done = Pass([], [], [])
+            for minibatch in torch.randperm(len(made.advantages), generator=order).chunk(self.config.num_minibatches):
+                rows = minibatch.to(self.policy.device)
+                outputs, norm = self.update(made.rollout, made.advantages, made.ref_logp, rows)
+                done.outputs.extend(outputs)
+                done.losses.append(sum(output.loss.item() for output in outputs))
+                done.norms.append(norm)
+            yield done
+
+    def sample(self, draws: Draws) -> tuple[list[dict[str, str]], Rollout]:
         """Fresh problems, each G times, and the B responses to them."""
         config = self.config
         problems = self.task.sample(config.num_prompts, draws.problems)
@@ -138,7 +155,7 @@ class Learner:
         )
         if self.policy.model.dtype != torch.float32:
             # sampled token by token, scored all at once: half precision rounds the two differently, by a few per cent
-            rollout = replace(rollout, logp=self._score(self.policy.model, rollout))
+            rollout = replace(rollout, logp=self.score(rollout))
         return [problem for problem in problems for _ in range(config.num_generations)], rollout
 
     def advantages(self, rollout: Rollout, rewards: Tensor, ref_logp: Tensor | None) -> Tensor:
@@ -198,7 +215,7 @@ class Learner:
         self.optimizer.zero_grad()
         return outputs, norm
 
-    def starting_point(self) -> "StepLog":
+    def starting_point(self) -> StepLog:
         """Line 0: what the model can do before training, on the held-out set."""
         rollout, right = self._respond(sampled=True)
         problems = self.task.held_out(self.config.eval_problems)
@@ -230,65 +247,15 @@ class Learner:
         if self.config.beta == 0:
             return None
         with self.policy.reference() as reference:
-            return self._score(reference, rollout)
+            return self.score(rollout, reference)
 
-    @torch.no_grad()
-    def _score(self, model: PreTrainedModel, rollout: Rollout) -> Tensor:
-        """(B, T) log-probabilities of a rollout's tokens; 0 at padding."""
-        config, scored = self.config, torch.zeros_like(rollout.logp)
-        everyone = torch.arange(len(scored), device=self.policy.device)
-        size = config.micro_batch_size or len(scored) // config.num_minibatches
-        for part in rollout.micro_batches(everyone, size, config.micro_batch_tokens):
-            ids, attention, t = rollout.inputs(part)
-            scored[part, :t], _ = token_logprobs(model, ids, attention, t, config.temperature, config.chunk_size)
-        return scored * rollout.mask
-
-
-class StepLog(NamedTuple):
-    """What a step leaves in the run's folder."""
-
-    metrics: dict[str, float]  # for metrics.jsonl
-    timings: dict[str, float]  # seconds, tokens per second, bytes; nothing for the starting point
-    samples: list[dict]  # rows for samples.jsonl: the responses to the first prompt
-    passes: list[dict]  # rows for passes.jsonl: ratios, KL, clipped shares of each pass over this rollout
-
-
-class Draws(NamedTuple):
-    """The sources of a step's randomness: which problems, which tokens, in which order."""
-
-    problems: random.Random
-    tokens: torch.Generator
-    order: torch.Generator
-
-
-def _draws(seed: int, step: int, device: torch.device) -> Draws:
-    """The sources of a step's randomness, from (seed, step) and nothing else."""
-    words = [int(w) for w in np.random.SeedSequence([seed, step]).generate_state(4)]
-    torch.manual_seed(words[3])  # dropout, where a model keeps it, draws from the global source
-    return Draws(
-        random.Random(words[0]), torch.Generator(device).manual_seed(words[1]), torch.Generator().manual_seed(words[2])
-    )
-
-
-def _rollout_metrics(rollout: Rollout, rewards: Tensor, right: list[bool]) -> dict[str, float]:
-    deviation = rewards.std(dim=1, correction=min(1, rewards.shape[1] - 1))
-    return {
-        "reward": rewards.mean().item(),
-        "reward_std": deviation.mean().item(),
-        "frac_reward_zero_std": (deviation == 0).double().mean().item(),
-        "accuracy": float(np.mean(right)),
-        "completion_length": rollout.lengths.double().mean().item(),
-        "frac_truncated": rollout.truncated.double().mean().item(),
-        "entropy": rollout.entropy[rollout.mask].mean().item(),
-    }
-
-
-def _sample_rows(
-    step: int, problems: list[dict[str, str]], rollout: Rollout, rewards: Tensor, advantages: Tensor
-) -> list[dict]:
-    """The responses to the first prompt, as rows for samples.jsonl."""
-    columns = (problems, rollout.completions, rewards.flatten().tolist(), advantages.tolist())
-    return [
-        {"step": step, "prompt": problem["prompt"], "completion": text, "reward": reward, "advantage": advantage}
-        for problem, text, reward, advantage in zip(*columns, strict=True)
-    ][: rewards.shape[1]]
+    def score(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
+        r"""(B, T) log-probabilities of a rollout's tokens, nats, 0 at padding: under $\pi_\theta$, or another model."""
+        config = self.config
+        return rollout.score(
+            model or self.policy.model,
+            size=config.micro_batch_size or max(1, len(rollout.lengths) // config.num_minibatches),
+            tokens=config.micro_batch_tokens,
+            temperature=config.temperature,
+            chunk_size=config.chunk_size,
+        )

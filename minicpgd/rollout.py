@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from minicpgd.errors import NonFiniteError
-from minicpgd.logprobs import logp_and_entropy, position_ids
+from minicpgd.logprobs import logp_and_entropy, position_ids, token_logprobs
 from minicpgd.policy import Policy
 
 
@@ -62,6 +62,28 @@ class Rollout:
             fits = len(grown) * width <= tokens and len(grown) <= (size or len(rows))
             parts = [*parts[:-1], grown] if parts and fits else [*parts, [i]]
         return [torch.tensor(part, device=rows.device) for part in parts]
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: PreTrainedModel,
+        *,
+        size: int | None = None,
+        tokens: int | None = None,
+        temperature: float = 1.0,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """What a model thinks of these tokens: (B, T) log-probabilities in nats, 0 at padding.
+
+        Args:
+            size, tokens: see `micro_batches`.
+            temperature, chunk_size: see `token_logprobs`.
+        """
+        scored = torch.zeros_like(self.logp)
+        for part in self.micro_batches(torch.arange(len(scored), device=scored.device), size, tokens):
+            ids, attention, t = self.inputs(part)
+            scored[part, :t], _ = token_logprobs(model, ids, attention, t, temperature, chunk_size)
+        return scored * self.mask
 
 
 @torch.no_grad()

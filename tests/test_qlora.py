@@ -174,11 +174,11 @@ def test_the_reference_is_the_model_without_its_adapter(small):
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     rollout = roll(learner.policy)
     ref = learner._reference_logp(rollout)
-    plain = learner._score(load_policy("embedded", load_in_4bit=True).model, rollout)
+    plain = learner.score(rollout, load_policy("embedded", load_in_4bit=True).model)
     torch.testing.assert_close(ref, plain)
     assert (ref[~rollout.mask] == 0).all()
     assert (ref - rollout.logp)[rollout.mask].abs().max() > 0.1  # the adapter is on again, and was on when sampling
-    torch.testing.assert_close(learner._score(learner.policy.model, rollout), rollout.logp, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(learner.score(rollout), rollout.logp, atol=1e-4, rtol=1e-4)
 
 
 def test_the_adapter_is_the_one_asked_for():
@@ -266,7 +266,7 @@ def test_half_precision_is_scored_again(small):
     """Sampler and scorer round differently in bfloat16; the first update of a step sees ratios of 1 all the same."""
     learner = Learner.from_config(small(dtype="bfloat16", num_minibatches=1, **QLORA))
     raw = roll(learner.policy)
-    off = (learner._score(learner.policy.model, raw) - raw.logp)[raw.mask].exp() - 1
+    off = (learner.score(raw) - raw.logp)[raw.mask].exp() - 1
     assert 1e-3 < off.abs().max() < 0.2
     metrics = learner.step(1).metrics
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1
@@ -278,7 +278,7 @@ def test_float16_gradients_survive(small):
     for dtype in ("float32", "float16"):
         learner = Learner.from_config(small(dtype=dtype, num_minibatches=1, max_grad_norm=1e9, **QLORA))
         rollout = roll(load_policy("embedded"))  # the same tokens for both
-        rollout = replace(rollout, logp=learner._score(learner.policy.model, rollout))
+        rollout = replace(rollout, logp=learner.score(rollout))
         learner.optimizer.register_step_pre_hook(
             lambda o, *_, d=dtype: gradients.update({d: [p.grad.clone() for p in o.param_groups[0]["params"]]})
         )
