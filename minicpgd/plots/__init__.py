@@ -1,5 +1,5 @@
 """Every figure: `plots.runs` from run folders, `plots.maps` and `plots.studies` from studies,
-`plots.memory` from predictions, in one `plots.style`.
+`plots.memory` from predictions, `plots.tokens` from responses, in one `plots.style`.
 
 Each function returns a matplotlib `Figure`; nothing here writes a file.
 """
@@ -8,6 +8,7 @@ from minicpgd.plots.maps import map_curves, map_frontiers, map_heat
 from minicpgd.plots.memory import memory_bars
 from minicpgd.plots.runs import ratio_ranges, training_curves
 from minicpgd.plots.studies import anatomy_passes, anatomy_rows, drift_coefs, fair_search, warning_signals
+from minicpgd.plots.tokens import token_text
 
 __all__ = [
     "anatomy_passes",
@@ -19,6 +20,7 @@ __all__ = [
     "map_heat",
     "memory_bars",
     "ratio_ranges",
+    "token_text",
     "training_curves",
     "warning_signals",
 ]
