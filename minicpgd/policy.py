@@ -106,7 +106,7 @@ class Policy:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def tokens(self, completion_ids: Tensor, lengths: Tensor) -> list[list[str]]:
-        """(B, T) ids and (B,) lengths to B lists of tokens as text, special ones included: for whoever looks closely."""
+        """(B, T) ids and (B,) lengths to B lists of tokens as text, special ones included."""
         rows = [row[:n] for row, n in zip(completion_ids.tolist(), lengths.tolist(), strict=True)]
         return [[self.tokenizer.decode([token]) for token in row] for row in rows]
 
