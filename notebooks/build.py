@@ -74,7 +74,15 @@ def run(notebook: NotebookNode, *, fast: bool = False, on_cell: Callable[..., No
             cell.source = FAST.sub(r"\1\2", cell.source)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}  # sums in one order, on any machine
     resources = {"metadata": {"path": str(HERE)}}
-    client = NotebookClient(notebook, timeout=600, record_timing=False, resources=resources, on_cell_executed=on_cell)
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        record_timing=False,
+        coalesce_streams=True,  # else what is printed comes in pieces, cut by the clock
+        extra_arguments=["--IPKernelApp.log_level=40"],
+        resources=resources,
+        on_cell_executed=on_cell,
+    )
     client.execute()
     notebook.metadata.pop("language_info", None)
     return notebook
