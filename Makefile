@@ -1,14 +1,21 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each sets up .venv by itself.
+# Two commands for a newcomer: `make demo` and `make test`; two for a writer: `make notebooks` and `make docs`.
+# Each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test notebooks docs check clean
 
 demo: .venv/installed
 	$(BIN)/minicpgd demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+notebooks: .venv/installed
+	$(BIN)/python notebooks/build.py
+
+docs: .venv/installed
+	$(BIN)/python docs/build.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

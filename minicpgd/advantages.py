@@ -31,7 +31,7 @@ Weight = Callable[[Tensor], Tensor]
 
 
 def group_centred(rewards: Tensor, lengths: Tensor) -> Tensor:
-    r"""$R - \mu$, where $\mu$ is the mean over the group."""
+    r"""$R - \mu$, where $\mu$ is the mean over the group (GRPO, arXiv 2402.03300)."""
     shifted = rewards - rewards[:, :1]
     return shifted - shifted.mean(dim=1, keepdim=True)
 
@@ -56,7 +56,7 @@ def group_centred_whitened(rewards: Tensor, lengths: Tensor) -> Tensor:
 
 
 def equal(rewards: Tensor) -> Tensor:
-    r"""$w(x) = 1$."""
+    r"""$w(x) = 1$ (Dr. GRPO, arXiv 2503.20783)."""
     return torch.ones_like(rewards[:, :1])
 
 

@@ -65,7 +65,11 @@ def token_mean(mask: Tensor, max_completion_length: int | None = None) -> Tensor
 
 
 def constant(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
-    """Sum over tokens / (B * max_completion_length): no length enters (Dr. GRPO, arXiv 2503.20783)."""
+    """Sum over tokens / (B * max_completion_length): no length enters (Dr. GRPO, arXiv 2503.20783).
+
+    Raises:
+        ValueError: there is no `max_completion_length` to divide by.
+    """
     if max_completion_length is None:
         raise ValueError("aggregation 'constant' divides by max_completion_length: give it")
     return mask / (len(mask) * max_completion_length)
@@ -211,7 +215,8 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
 
     `kl_old`: mean k3 of $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$, nats per token. `ratio_min`, `ratio_p01`,
     `ratio_p99`, `ratio_max`: of the tokens' ratios. `clip_frac_pos`, `clip_frac_neg`: share of all tokens that the
-    surrogate bounds, with A > 0 and with A < 0. `kl_ref`: mean k3 to the reference, where there is one.
+    surrogate bounds, with A > 0 and with A < 0. `kl_ref`: mean k3 to the reference, where there is one. (k3: Schulman,
+    *Approximating KL divergence*, 2020.)
     """
     # float64: a policy that ran away has ratios whose exp does not fit into float32
     d = torch.cat([o.log_ratio[o.mask] for o in outputs]).double()

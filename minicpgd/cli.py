@@ -30,7 +30,11 @@ _DRY_RUN = """        dry_run: say what would be done and needed, and do nothing
 
 
 def parse(argv: list[str]) -> Callable[[], None]:
-    """Let tyro read the command line; what it has to object to becomes one line."""
+    """Let tyro read the command line; what it has to object to becomes one line.
+
+    Raises:
+        UserError: that line.
+    """
     stored = planning.USUAL if argv[:1] == ["memory"] else TrainConfig()
     resumed, recipe = _value(argv, "--resume"), _value(argv, "--recipe")
     if resumed and recipe:

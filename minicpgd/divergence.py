@@ -61,7 +61,8 @@ def bounded_drift(log_ratio: Tensor, bound: float = 2.0) -> Tensor:
 
 
 def exact_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    r"""$\mathrm{KL}(p \,\|\, q) = \sum_a p(a)\,(\log p(a) - \log q(a))$, when all of a distribution can be seen.
+    r"""$\mathrm{KL}(p \,\|\, q) = \sum_a p(a)\,(\log p(a) - \log q(a))$, when all of a distribution can be seen
+    (Kullback and Leibler 1951, equation 2.4).
 
     Args:
         p_logits, q_logits: (..., V), unnormalised log-probabilities.

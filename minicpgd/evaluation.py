@@ -107,11 +107,14 @@ def respond(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> tuple[Rollout, torch.Tensor]:
-    """Answer held-out problems: greedily, or with `num_samples` samples each.
+    """Answer held-out problems: greedily, or with `num_samples` samples each; in `max_completion_length` tokens.
 
     Returns:
         The rollout, and a bool tensor (problems, max(1, num_samples)): which responses are right. There are fewer
         problems than asked for where the task has no more.
+
+    Raises:
+        UserError: num_problems is less than 1.
     """
     if num_problems < 1:
         raise UserError(f"num_problems = {num_problems}: it has to be at least 1")

@@ -28,6 +28,7 @@ def fits(gpu_gb: float, architecture: PretrainedConfig, config: TrainConfig, *, 
 
     Args:
         gpu_gb: what the card is sold as having, in GiB.
+        prompt_length: the longest prompt to be expected, in tokens.
 
     Returns:
         A row for each rung that changes something; the first that fits is the one to take.

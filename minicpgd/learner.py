@@ -159,7 +159,11 @@ class Learner:
         return [problem for problem in problems for _ in range(config.num_generations)], rollout
 
     def advantages(self, rollout: Rollout, rewards: Tensor, ref_logp: Tensor | None) -> Tensor:
-        """(N, G) rewards to (B,) advantages; a row with its reference KL in the reward pays it here, as k1."""
+        """(N, G) rewards to (B,) advantages; a row with its reference KL in the reward pays it here, as k1.
+
+        Args:
+            ref_logp: (B, T), nats, or None where there is no reference.
+        """
         if ref_logp is not None and self.algorithm.reference_kl == "reward":
             rewards = rewards - self.config.beta * self._grouped(((rollout.logp - ref_logp) * rollout.mask).sum(dim=1))
         lengths = self._grouped(rollout.lengths)
@@ -172,7 +176,7 @@ class Learner:
 
         Args:
             advantages: (B,).
-            ref_logp: (B, T) or None.
+            ref_logp: (B, T), nats, or None.
             rows: (b,) indices of the minibatch's responses.
 
         Returns:

@@ -63,7 +63,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def logp_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., V) logits and (...) token ids to the tokens' log-probabilities and the entropies, (...) each, float32."""
+    """(..., V) logits and (...) token ids to log-probabilities and entropies, (...) each, in nats, float32."""
     log_p = logits.float().log_softmax(-1)
     logp = log_p.gather(-1, targets[..., None]).squeeze(-1)
     with torch.no_grad():

@@ -138,7 +138,7 @@ def gradients(shape: PreTrainedModel, first: bool, chunked: bool) -> dict[str, i
 def kv_cache(architecture: PretrainedConfig, rows: int, length: int, itemsize: int) -> int:
     r"""$2 \cdot \text{rows} \cdot \text{length} \cdot \text{heads}_{kv} \cdot \text{head size}$ numbers a layer.
 
-    A layer that looks back through a window keeps no more than that.
+    `length` is in tokens, the result in bytes. A layer that looks back through a window keeps no more than that.
     """
     text = architecture.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -108,7 +108,7 @@ class Policy:
     def tokens(self, completion_ids: Tensor, lengths: Tensor) -> list[list[str]]:
         """(B, T) ids and (B,) lengths to B lists of tokens as text, special ones included."""
         rows = [row[:n] for row, n in zip(completion_ids.tolist(), lengths.tolist(), strict=True)]
-        return [[self.tokenizer.decode([token]) for token in row] for row in rows]
+        return [[str(self.tokenizer.decode([token])) for token in row] for row in rows]
 
     def save(self, folder: Path) -> None:
         """Write a folder that transformers, or PEFT where it is an adapter, can load; all of it appears at once."""

@@ -124,6 +124,7 @@ def make_optimizer(
 
     Args:
         name: "adamw", "paged_adamw_8bit", or "auto": the second for an adapter on a GPU, else the first.
+        parameters: what is trained, of any shape.
     """
     if name == "paged_adamw_8bit" or (name == "auto" and adapter and device.type == "cuda"):
         bnb = _extra("bitsandbytes")

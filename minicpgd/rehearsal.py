@@ -101,7 +101,7 @@ def prompt(model_config: PretrainedConfig, config: TrainConfig, dtype: torch.dty
 
 
 def token(model_config: PretrainedConfig, config: TrainConfig, dtype: torch.dtype, batch: int, length: int) -> Bytes:
-    """One more token after length - 1 others: `kept` is the cache then, `peak` what there was while a layer read it."""
+    """One token after `length` - 1 other tokens: `kept` is the cache then, `peak` what there was as a layer read it."""
 
     @torch.no_grad()
     def run(model: PreTrainedModel, live: Live) -> int:

@@ -73,7 +73,7 @@ def plain(answer: str) -> str:
 
 
 def is_solution(completion: str, answer: str) -> bool:
-    r"""Whether a completion's final answer is the reference, to the letter or in value: 1/2 = 0.5 = \frac{1}{2}.
+    r"""Whether a completion's final answer is the reference, to the letter or in value, as `1/2`, `0.5`, `\frac{1}{2}`.
 
     Raises:
         ConfigError: math-verify is needed, and is not installed.

@@ -111,7 +111,11 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises ConfigError where a run's folder is there already; to be asked before anything that takes long."""
+    """To be asked before anything that takes long.
+
+    Raises:
+        ConfigError: there is a run's folder already.
+    """
     if folder.exists():
         raise ConfigError(
             f"output_dir = {str(folder)!r} exists already: go on with `minicpgd train --resume {folder}`, "

@@ -17,7 +17,8 @@ to be *maximised*. At $r = 1$ all of them have the same gradient, $A$; they diff
 The fourth row is PPO's, and so GRPO's, RLOO's and REINFORCE++'s: a bad token whose probability *rose* is pushed down
 with a force that grows with the ratio. The second row is CPGD's: no ratio multiplies the advantage.
 
-In: `log_ratio` d, `advantage` A, `logp`, all broadcastable to (B, T), and the bounds as log-ratios `low` < 0 < `high`.
+In: `log_ratio` d and `logp` in nats and `advantage` A, all broadcastable to (B, T), and the bounds as log-ratios
+`low` < 0 < `high`.
 Out: a pair, the objective and the same without its bound. Where the two differ, the token counts as clipped. All have
 one signature, whether or not they need all of it. At the end stand the `LEVELS` at which a ratio can be taken.
 """
@@ -35,14 +36,17 @@ DUAL_CLIP = 3.0
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
-    r"""$r = \exp(d)$, held at $e^{80}$: float32 ends at $e^{88}$, and the gradient of a clipped infinity is NaN."""
+    r"""$r = \exp(d)$ (PPO, arXiv 1707.06347), held at $e^{80}$.
+
+    float32 ends at $e^{88}$, and the gradient of a clipped infinity is NaN.
+    """
     return log_ratio.clamp(max=80).exp()
 
 
 def log_ratio_free(
     log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    r"""$d A$: the policy gradient, on another policy's samples."""
+    r"""$d A$: the policy gradient, on another policy's samples (CPGD, arXiv 2505.12504, before its clip)."""
     free = log_ratio * advantage
     return free, free
 
@@ -56,7 +60,7 @@ def log_ratio_clip(
 
 
 def ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    r"""$r A$: importance sampling, unbounded."""
+    r"""$r A$: importance sampling, unbounded (PPO, arXiv 1707.06347, equation 6)."""
     free = ratio(log_ratio) * advantage
     return free, free
 
@@ -85,12 +89,12 @@ def capped_weight(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float
 
 
 def per_token(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    r"""$r_t$: every token its own ratio."""
+    r"""$r_t$: every token its own ratio (GRPO, arXiv 2402.03300)."""
     return log_ratio
 
 
 def per_sequence(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    r"""$\prod_t r_t$: the ratio of whole responses, as TRL's RLOOTrainer has it."""
+    r"""$\prod_t r_t$: the ratio of whole responses, as TRL's RLOOTrainer has it (RLOO, arXiv 2402.14740)."""
     return (log_ratio * mask).sum(dim=1, keepdim=True)
 
 

@@ -1,11 +1,13 @@
 """Every figure: `plots.runs` from run folders, `plots.maps` and `plots.studies` from studies,
-`plots.memory` from predictions, `plots.tokens` from responses, in one `plots.style`.
+`plots.memory` from predictions, `plots.tokens` from responses, `plots.objectives` from rows of the table, in one
+`plots.style`.
 
 Each function returns a matplotlib `Figure`; nothing here writes a file.
 """
 
 from minicpgd.plots.maps import map_curves, map_frontiers, map_heat
 from minicpgd.plots.memory import memory_bars
+from minicpgd.plots.objectives import objective_curves, token_regions
 from minicpgd.plots.runs import ratio_ranges, training_curves
 from minicpgd.plots.studies import anatomy_passes, anatomy_rows, drift_coefs, fair_search, warning_signals
 from minicpgd.plots.tokens import token_text
@@ -19,7 +21,9 @@ __all__ = [
     "map_frontiers",
     "map_heat",
     "memory_bars",
+    "objective_curves",
     "ratio_ranges",
+    "token_regions",
     "token_text",
     "training_curves",
     "warning_signals",

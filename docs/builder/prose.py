@@ -1,0 +1,134 @@
+r"""Prose: Markdown with mathematics goes in, HTML comes out, readable without a network.
+
+Formulas become MathML, which browsers draw themselves. Code is coloured, and each name in it that the package defines
+leads to its definition; so does a name between backticks in the prose.
+"""
+
+import html
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from latex2mathml.converter import convert
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from pygments.lexers import BashLexer, PythonLexer, TextLexer, YamlLexer
+from pygments.token import STANDARD_TYPES, Comment, Name, Operator, String, _TokenType
+
+LEXERS = {"python": PythonLexer, "py": PythonLexer, "bash": BashLexer, "sh": BashLexer, "yaml": YamlLexer}
+WIDE = 40  # letters of LaTeX from which on a formula in a line may be wider than a telephone
+
+
+@dataclass
+class Place:
+    """What a page may point to.
+
+    `names` are the names in scope, and `known` those of the whole package, each with the address of its definition;
+    `link` turns an address as it stands in the sources into one on the site.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    known: Mapping[str, str] = field(default_factory=dict)
+    link: Callable[[str], str] = lambda address: address
+
+
+def formula(latex: str, *, block: bool) -> str:
+    """LaTeX to MathML, in a box that scrolls where the formula is wider than the column."""
+    mathml = convert(latex.strip(), display="block" if block else "inline")
+    mathml = mathml.replace('<mspace width="negativethinmathspace" />', "")
+    if block:
+        return f'<div class="formula" tabindex="0">{mathml}</div>\n'
+    return f'<span class="wide">{mathml}</span>' if len(latex) > WIDE else mathml
+
+
+def anchor(heading: str) -> str:
+    """The id of a heading, made from its text; as GitHub makes it."""
+    words = re.sub(r"[^\w\s-]", "", re.sub(r"<[^>]+>|\$[^$]*\$", "", heading).lower())
+    return re.sub(r"\s", "-", words.strip())
+
+
+def code(source: str, language: str, place: Place) -> str:
+    """Source text to coloured HTML with links, without the `<pre>` around it."""
+    pieces: list[str] = []
+    before = ""
+    tokens = LEXERS.get(language, TextLexer)(stripnl=False).get_tokens(source)
+    for kind, text in tokens:
+        address = None
+        if kind in Name and kind not in Name.Builtin.Pseudo:
+            owner = re.search(r"(\w+)\.$", before)
+            if owner:
+                address = place.names.get(f"{owner[1]}.{text}")
+            elif not before.endswith("."):
+                address = place.names.get(text)
+        shown = html.escape(text, quote=False)
+        name = _css(kind)
+        shown = f'<span class="{name}">{shown}</span>' if name and text.strip() else shown
+        pieces.append(f'<a href="{address}">{shown}</a>' if address else shown)
+        before = "" if kind in Comment or kind in String else (before + text)[-80:]
+    return "".join(pieces).rstrip("\n")
+
+
+def _css(kind: _TokenType) -> str:
+    while kind not in STANDARD_TYPES:
+        kind = kind.parent
+    return "" if kind in (Name, Operator) else STANDARD_TYPES[kind]
+
+
+def render(text: str, place: Place, *, level: int = 0) -> str:
+    """Markdown to HTML.
+
+    Args:
+        level: by how much headings go down, in a page that has one of its own already.
+    """
+    md = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    dollarmath_plugin(
+        md, allow_space=False, allow_digits=True, renderer=lambda latex, how: formula(latex, block=how["display_mode"])
+    )
+    md.renderer.rules["math_block"] = lambda tokens, i, *_: formula(tokens[i].content, block=True)
+    md.renderer.rules["math_inline"] = lambda tokens, i, *_: formula(tokens[i].content, block=False)
+    md.renderer.rules["math_inline_double"] = lambda tokens, i, *_: formula(tokens[i].content, block=True)
+    tokens = md.parse(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
+    for i, token in enumerate(tokens):
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + level)}"
+        if token.type == "heading_open":
+            token.attrSet("id", anchor(tokens[i + 1].content))
+        _link(token, place)
+    md.renderer.rules["fence"] = lambda tokens, i, *_: listing(tokens[i].content, tokens[i].info.strip(), place)
+    md.renderer.rules["code_block"] = lambda tokens, i, *_: listing(tokens[i].content, "", place)
+    md.renderer.rules["code_inline"] = lambda tokens, i, *_: _inline(tokens[i].content, place)
+    md.renderer.rules["table_open"] = lambda *_: '<div class="table" tabindex="0"><table>\n'
+    md.renderer.rules["table_close"] = lambda *_: "</table></div>\n"
+    return md.renderer.render(tokens, md.options, {})
+
+
+def listing(source: str, language: str, place: Place) -> str:
+    """A block of code."""
+    return f'<pre tabindex="0"><code>{code(source, language, place)}</code></pre>\n'
+
+
+def _link(token: Token, place: Place) -> None:
+    for child in token.children or []:
+        for name in ("href", "src"):
+            address = child.attrGet(name)
+            if address:
+                child.attrSet(name, place.link(str(address)))
+        _link(child, place)
+    inside = 0
+    for child in token.children or []:  # a name inside a link already leads somewhere
+        inside += (child.type == "link_open") - (child.type == "link_close")
+        child.meta["linked"] = inside > 0
+
+
+def _inline(text: str, place: Place) -> str:
+    shown = f"<code>{html.escape(text, quote=False)}</code>"
+    name = text.removesuffix("()").removeprefix("minicpgd.")
+    address = place.names.get(name) or place.known.get(name)
+    return f'<a href="{address}">{shown}</a>' if address else shown
+
+
+def plain(page: str) -> str:
+    """HTML to the text that a search looks through."""
+    without = re.sub(r"<(math|style|script)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", without))).strip()

@@ -1,0 +1,84 @@
+"""The notebooks: they are what their scripts say, they run, and they keep their promises to a reader."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("notebooks_build", ROOT / "notebooks" / "build.py")
+build = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(build)
+
+each = pytest.mark.parametrize("script", build.SCRIPTS, ids=lambda script: script.stem)
+
+
+def committed(script):
+    return nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+
+
+@each
+def test_script_and_notebook_agree(script):
+    """Whoever edits a script runs `make notebooks`."""
+    wanted, there = build.read(script), committed(script)
+    assert [(c.cell_type, c.id, c.source, c.metadata) for c in there.cells] == [
+        (c.cell_type, c.id, c.source, c.metadata) for c in wanted.cells
+    ]
+    assert there.metadata == wanted.metadata
+
+
+@each
+def test_what_is_published_ran_without_error_or_warning(script):
+    code = [cell for cell in committed(script).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not code[0].outputs  # the set-up does nothing where minicpgd is installed
+    shown = "".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in outputs)
+    assert not re.search(r"0x[0-9a-f]{8}|/home/|/root/|/tmp/|site-packages", shown)
+
+
+@each
+def test_it_runs(script):
+    """In the fast setting; every claim that a cell asserts holds."""
+    notebook = build.run(build.read(script), fast=True)
+    assert not [o for cell in notebook.cells for o in cell.get("outputs", []) if o.get("name") == "stderr"]
+
+
+@each
+def test_it_keeps_its_promises(script):
+    """What it teaches, a question before each answer, three exercises with folded solutions, a badge, seven in all."""
+    cells = build.read(script).cells
+    opening = cells[0].source
+    assert opening.startswith(f"# {int(script.stem[:2])}. ")
+    assert "**After this notebook you can**" in opening
+    assert f"/notebooks/{script.stem}.ipynb)" in opening
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    assert sum(text.count("**Predict.**") for text in prose) >= 4
+    exercises = next(text for text in prose if "## Exercises" in text).partition("## Exercises")[2]
+    assert re.findall(r"^(\d)\. ", exercises, flags=re.MULTILINE) == ["1", "2", "3"]
+    folded = [cell.source for cell in cells if "solution" in cell.metadata.get("tags", [])]
+    assert [re.match(r"# Solution (\d)", source)[1] for source in folded] == ["1", "2", "3"]
+    assert all(cell.metadata.get("jupyter", {}).get("source_hidden") for cell in cells[-3:])
+    assert len(build.SCRIPTS) == 7
+
+
+@each
+def test_it_imports_the_package_and_redefines_nothing(script):
+    source = "\n".join(cell.source for cell in build.read(script).cells[2:] if cell.cell_type == "code")
+    tree = ast.parse(source)
+    assert [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module.startswith("minicpgd")]
+    public = set()
+    for path in (ROOT / "minicpgd").rglob("*.py"):
+        public |= {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert not defined & public
+
+
+def test_a_second_build_makes_the_same_bytes():
+    """Nothing of the clock goes in; one notebook is enough to show it."""
+    twice = [build.text_of(build.run(build.read(build.SCRIPTS[0]), fast=True)) for _ in range(2)]
+    assert twice[0] == twice[1]
