@@ -12,6 +12,7 @@ from minicpgd import plots
 from minicpgd.demo import demo_configs
 from minicpgd.errors import UserError
 from minicpgd.memory import of_recipe
+from minicpgd.plots.metrics import UNITS
 from minicpgd.recipes import KNOWN, load_recipe
 
 RUN_FIGURES = {"curves": plots.training_curves, "ratios": plots.ratio_ranges}
@@ -50,6 +51,11 @@ def save_published(results: Path, folder: Path) -> Iterator[Path]:
 def save_study_figures(study: Path, name: str, folder: Path) -> Iterator[Path]:
     """Draw a study's figures from its tables, and say where each went."""
     yield from _save(folder, {figure: draw(study) for figure, draw in STUDY_FIGURES[name].items()})
+
+
+def save_metric_figures(results: Path, folder: Path) -> Iterator[Path]:
+    """Draw each metric around the fall of the reward, for docs/metrics.md, and say where each went."""
+    yield from _save(folder, {metric: plots.metric_traces(results, metric) for metric in UNITS})
 
 
 def _save(folder: Path, figures: dict[str, Figure]) -> Iterator[Path]:

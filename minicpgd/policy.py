@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
-from minicpgd.qlora import add_adapter, choose_dtype, keep_as_loaded, load_adapter, nf4
+from minicpgd.qlora import add_adapter, check_widths, choose_dtype, keep_as_loaded, load_adapter, nf4
 
 EMBEDDED = Path(str(files("minicpgd") / "embedded"))
 
@@ -172,6 +172,7 @@ def load_policy(
     except Exception as error:  # transformers raises its own kinds, safetensors another
         raise UserError(_why_not(name, attn_implementation, error)) from error
     keep_as_loaded(model)
+    check_widths(model)
     if not load_in_4bit:
         nn.Module.to(model, device)
     if disable_dropout:

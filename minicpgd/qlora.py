@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from minicpgd.errors import ConfigError
+from minicpgd.errors import ConfigError, UserError
 
 LOSS_SCALE = 2.0**12  # float16 has no number below 6e-8, and gradients get there
 
@@ -74,6 +74,23 @@ def keep_as_loaded(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def check_widths(model: nn.Module) -> None:
+    """On a CPU, bitsandbytes reads 4-bit rows wrongly, and says nothing, where their width is no multiple of a block.
+
+    Seen with 0.50: of rows of 96 numbers the error is three times that of rows of 64 or 128.
+
+    Raises:
+        UserError: a 4-bit layer on a CPU has such a width.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and module.weight.device.type == "cpu" and module.in_features % state.blocksize:
+            raise UserError(
+                f"load_in_4bit: on a CPU layers have to be a multiple of {state.blocksize} wide, and {name} is "
+                f"{module.in_features}; train it without 4 bit, or on a GPU"
+            )
 
 
 def add_adapter(model: PreTrainedModel, *, r: int, alpha: int, target_modules: str, seed: int) -> PreTrainedModel:

@@ -272,6 +272,24 @@ def test_half_precision_is_scored_again(small):
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1
 
 
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_widths_that_a_cpu_reads_wrongly_are_refused(tmp_path, width):
+    """And only those: what is let through comes back as it went in, to 4 bit's own error of 9 %."""
+    shape = {"hidden_size": width, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = LlamaConfig(vocab_size=18, num_hidden_layers=1, eos_token_id=1, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    load_policy("embedded").tokenizer.save_pretrained(tmp_path / "model")
+    if width % 64:
+        with pytest.raises(UserError, match="multiple of 64 wide, and model.layers.0.self_attn.q_proj is 96"):
+            load_policy(str(tmp_path / "model"), load_in_4bit=True, lora_r=4)
+        return
+    policy = load_policy(str(tmp_path / "model"), load_in_4bit=True, lora_r=4)
+    plain = dict(LlamaForCausalLM.from_pretrained(tmp_path / "model").named_modules())
+    for name, weight in dequantised(policy.peft.get_base_model()).items():
+        there = plain[name].weight
+        assert (weight - there).std() < 0.12 * there.std()
+
+
 def test_float16_gradients_survive(small):
     """Scaled, they are those of float32 to half precision's rounding; without the scale small ones vanish."""
     gradients = {}

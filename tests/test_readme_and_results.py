@@ -11,9 +11,12 @@ import pandas as pd
 import pytest
 
 from minicpgd import ALGORITHMS, load_run
+from minicpgd.config import TrainConfig
 from minicpgd.demo import demo_configs
 from minicpgd.figures import save_published
+from minicpgd.learner import Learner
 from minicpgd.outcome import outcome
+from minicpgd.plots.metrics import UNITS
 from minicpgd.studies import STUDIES
 from minicpgd.summary import SUMMARIES, borne_rate, display_name
 from minicpgd.warning import warning_study
@@ -80,6 +83,17 @@ def test_what_the_results_page_says_in_words():
     assert drift["collapsed"].mean() > 0.5
     assert not tables["fair"].query("part == 'report'")["collapsed"].any()
     assert not tables["anatomy"].query("beta > 0")["collapsed"].any()
+
+
+def test_every_metric_of_a_run_has_its_section_and_every_section_its_metric():
+    """Of a run with a reference, which logs all there are; and each figure's name is that of its metric."""
+    settings = {"num_prompts": 2, "num_generations": 2, "max_completion_length": 4, "eval_problems": 2}
+    made = Learner.from_config(TrainConfig(**settings, num_minibatches=1, eval_steps=1, beta=0.1)).step(1)
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert re.findall(r"^## `(\w+)`", page, re.MULTILINE) == [*UNITS, *results.TIMINGS]
+    assert set(made.metrics) == set(UNITS)
+    assert set(made.timings) == set(results.TIMINGS)
+    assert re.findall(r"\(figures/metrics/(\w+).png\)", page) == list(UNITS)
 
 
 def test_the_committed_studies_are_those_of_the_specifications():

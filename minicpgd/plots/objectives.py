@@ -4,6 +4,7 @@ In: rows of the table, and the `LossOutput`s of passes over a rollout. Out: matp
 file.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -59,7 +60,7 @@ def objective_curves(
     """
     figure = Figure(figsize=(9, 3.7), layout="constrained")
     axes = figure.subplots(1, 2)
-    ratios = torch.logspace(*np.log10(reach), 801, dtype=torch.float64)
+    ratios = torch.logspace(math.log10(reach[0]), math.log10(reach[1]), 801, dtype=torch.float64)
     for axis, advantage in zip(axes, (1.0, -1.0), strict=True):
         for which, name in enumerate(names):
             lines = objective_and_weight(ALGORITHMS[name], ratios, advantage, drift_coef=drift_coef)
