@@ -197,7 +197,8 @@ def _split_metrics(text: str) -> tuple[str, dict[str, str]]:
 
 def _metric_page(site: Site, metric: str, text: str, missing: list[str]) -> Page:
     page = Page(f"metrics/{metric}.html", metric, "prose", "docs/metrics.md")
-    place = Place(known=prefixed(site.spoken(), page.root), link=linker(HERE / "metrics.md", page.root, missing))
+    known = {name: address for name, address in site.spoken().items() if name != metric}
+    place = Place(known=prefixed(known, page.root), link=linker(HERE / "metrics.md", page.root, missing))
     others = " · ".join(f'<a href="{name}.html"><code>{name}</code></a>' for name in site.metrics if name != metric)
     page.body = f'{render(text, place)}<hr><p class="kind">Other metrics: {others}</p>'
     return page

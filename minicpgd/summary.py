@@ -214,6 +214,7 @@ def warning_summary(folder: Path) -> pd.DataFrame:
             "without drift": percent(Estimate(row.free_share, row.free_low, row.free_high)),
             "with drift": percent(Estimate(row.held_share, row.held_low, row.held_high)),
             "false alarms": percent(Estimate(row.false_share, row.false_low, row.false_high)),
+            "false alarms, no drift": percent(Estimate(row.free_false_share, row.free_false_low, row.free_false_high)),
             "alarms in healthy runs": percent(Estimate(row.healthy_share, row.healthy_low, row.healthy_high)),
             "steps before the fall, median": f"{row.lead_median:g}",
         }

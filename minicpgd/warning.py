@@ -159,6 +159,7 @@ def warning_study(studies: Path, folder: Path, *, quick: bool = False) -> Path:
             | _columns("free", free["announced"], free["collapsed"])
             | _columns("held", held["announced"], held["collapsed"])
             | _columns("false", found["false_alarms"], found["not_collapsed"])
+            | _columns("free_false", free["false_alarms"], free["not_collapsed"])
             | _columns("healthy", found["healthy_alarms"], found["healthy"])
         )
     folder.mkdir(parents=True, exist_ok=True)

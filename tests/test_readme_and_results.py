@@ -158,3 +158,9 @@ def test_the_readmes_commands_parse(line):
     words = line.split()[1:]
     if "--help" not in words:
         assert callable(parse(words))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_no_mark_begins_a_line_of_a_paragraph(page):
+    """There Markdown takes a comment for a block of its own, and cuts the paragraph in two."""
+    assert not re.findall(r"^[^\n|]+\n<!--[^>]*\|[^>]*-->", page.read_text(), flags=re.MULTILINE)
