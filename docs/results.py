@@ -6,26 +6,42 @@ In a page, a number stands between marks that say where it comes from, and so do
     <!--map-->...<!--/-->                                                  the whole summary of a study
     <!--made-->...<!--/-->                                                 what each study took
     <!--merging-->...<!--/-->, memory, generation                          a benchmark, from benchmarks/results/
+    <!--metrics | kl_old | healthy-->0.05<!--/-->                          what a metric was before a collapse
+    <!--metrics-->...<!--/-->                                              the same of all metrics
 """
 
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from minicpgd.demo import demo_configs
+from minicpgd.outcome import outcome
+from minicpgd.plots.metrics import UNITS, Traces, load_metric
+from minicpgd.runlog import load_run, load_timings
+from minicpgd.stats import share
 from minicpgd.summary import SUMMARIES
+from minicpgd.warning import fall_step
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "qlora.md"]
+PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "qlora.md", ROOT / "docs" / "metrics.md"]
+TIMINGS = {
+    "rollout_seconds": "s",
+    "update_seconds": "s",
+    "tokens_per_second": "tokens / s",
+    "peak_memory_bytes": "bytes",
+}
 MARKED = re.compile(r"<!--(?P<source>[^>]+?)-->(?P<value>.*?)<!--/-->", re.DOTALL)
 
 
 @cache
 def summary(study: str) -> pd.DataFrame:
-    """A study's summary, by row."""
-    return SUMMARIES[study](ROOT / "results" / study)
+    """A study's summary, or what all metrics did, by row."""
+    return metrics() if study == "metrics" else SUMMARIES[study](ROOT / "results" / study)
 
 
 def value_of(source: str) -> str:
@@ -34,8 +50,8 @@ def value_of(source: str) -> str:
     Raises:
         KeyError: no such study, row or column.
     """
-    if source in BENCHMARKS:
-        return markdown(BENCHMARKS[source]())
+    if source in TABLES:
+        return markdown(TABLES[source]())
     study, *cell = (part.strip() for part in source.split(" | "))
     table = summary(study)
     if cell:
@@ -95,7 +111,95 @@ def generation() -> pd.DataFrame:
     return pd.read_csv(ROOT / "benchmarks" / "results" / "generation.csv", dtype=str)
 
 
+def metrics() -> pd.DataFrame:
+    """What each metric was in healthy runs and before the reward fell; the timings, in the demo's runs."""
+    studied = [_metric(name, unit, load_metric(ROOT / "results", name)) for name, unit in UNITS.items()]
+    return pd.DataFrame(studied + [_metric(name, unit, _demo_timings(name)) for name, unit in TIMINGS.items()])
+
+
+def _metric(name: str, unit: str, traces: Traces) -> dict[str, str]:
+    """The healthy range holds 90 % of all steps of all healthy runs; a run that fell at step 1 has no step before.
+
+    A run leaves it on the side on which the collapsed runs leave it more often than the healthy, by more.
+    """
+    low, high = np.nanquantile(traces.healthy, (0.05, 0.95))
+    before = [traces.around(offset) for offset in (-3, -2, -1)]
+    fell, well = (np.concatenate([pair[which] for pair in before]) for which in (0, 1))
+    sides = {"above": _left(traces, lambda x: x > high), "below": _left(traces, lambda x: x < low)}
+    side = max(sides, key=lambda name: sides[name][0].mean() - sides[name][1])
+    left, strayed = sides[side]
+    drift = traces.drift[left.index]
+    told = {
+        "metric": name,
+        "unit": unit,
+        "healthy": f"{_number(low)} to {_number(high)}",
+        "before the fall": _number(np.median(fell)),
+        "healthy, same steps": _number(np.median(well)),
+        "left": side,
+        "before the fall, left": _share(left),
+        "healthy, left by then": f"{100 * strayed:.0f} %",
+        "left, no drift": _share(left[~drift]),
+        "left, drift": _share(left[drift]),
+    }
+    counts = {
+        "healthy runs": traces.healthy.shape[1],
+        "collapsed runs": len(traces.falls),
+        "with a step before": len(left),
+    }
+    return told | {name: str(n) for name, n in counts.items()}
+
+
+def _left(traces: Traces, outside: Callable[[pd.DataFrame], pd.DataFrame]) -> tuple[pd.Series, float]:
+    """Which collapsed runs left before they fell; and the share of the healthy that had, at the same steps."""
+    ever = outside(traces.collapsed).cummax()
+    left = pd.Series({run: bool(ever.loc[fall - 1, run]) for run, fall in traces.falls.items() if fall > 1})
+    return left, outside(traces.healthy).cummax().mean(axis=1)[traces.falls[left.index] - 1].mean()
+
+
+def metric_summary() -> pd.DataFrame:
+    """The columns that open the page of the metrics."""
+    table = summary("metrics").copy()
+    table["metric"] = "`" + table["metric"] + "`"
+    return table[list(table.columns[:8])]
+
+
+def _share(which: pd.Series) -> str:
+    if not len(which):
+        return "none"
+    value, low, high = (f"{100 * x:.0f}" for x in share(which.sum(), len(which)))
+    return f"{value} % [{low}, {high}]"
+
+
+def _number(value: float) -> str:
+    """Two digits, as a person would write them."""
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        return re.sub(r"e([+-])0?(\d+)", lambda e: f"e{e[1].strip('+')}{e[2]}", f"{value:.1e}")
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
+@cache
+def _demo() -> list[tuple[Path, bool, bool, int]]:
+    folders = [ROOT / "results" / "demo" / f"seed{s}" / c.algorithm for s in (0, 1, 2) for c in demo_configs(Path(), s)]
+    outcomes = [outcome(folder) for folder in folders]
+    falls = [fall_step(load_run(folder).metrics["reward"]) for folder in folders]
+    return [(f, o.collapsed, o.healthy, fall) for f, o, fall in zip(folders, outcomes, falls, strict=True)]
+
+
+def _demo_timings(name: str) -> Traces:
+    """As `load_metric`, of the demo's runs."""
+    values = {}
+    for folder, *_ in _demo():
+        timings = load_timings(folder)
+        values[folder] = pd.Series(timings[name], index=timings["step"].astype(int))
+    fell = {folder: int(fall) for folder, collapsed, _, fall in _demo() if collapsed}
+    well = [folder for folder, _, healthy, _ in _demo() if healthy]
+    table = pd.DataFrame(values)
+    drift = pd.Series({folder: "cpgd" in folder.name for folder in fell}, dtype=bool)
+    return Traces(table[well], table[list(fell)], pd.Series(fell), drift)
+
+
 BENCHMARKS = {"made": made, "merging": merging, "memory": memory, "generation": generation}
+TABLES = BENCHMARKS | {"metrics": metric_summary}
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -31,7 +31,7 @@ def save_figures(folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
 
 
 def save_published(results: Path, folder: Path) -> Iterator[Path]:
-    """Draw every published figure from the committed logs, and what the recipes are predicted to need.
+    """Draw every published figure: from the committed logs, each metric's too, and what the recipes are predicted to need.
 
     Raises:
         UserError: they are not there.
@@ -46,16 +46,12 @@ def save_published(results: Path, folder: Path) -> Iterator[Path]:
     recipes = {load_recipe(name).config.model: name for name in KNOWN if name.startswith("qwen")}
     cards = {model: load_recipe(name).card_gib or 0.0 for model, name in recipes.items()}
     yield from _save(folder, {"memory": plots.memory_bars({m: of_recipe(n) for m, n in recipes.items()}, cards)})
+    yield from _save(folder / "metrics", {metric: plots.metric_traces(results, metric) for metric in UNITS})
 
 
 def save_study_figures(study: Path, name: str, folder: Path) -> Iterator[Path]:
     """Draw a study's figures from its tables, and say where each went."""
     yield from _save(folder, {figure: draw(study) for figure, draw in STUDY_FIGURES[name].items()})
-
-
-def save_metric_figures(results: Path, folder: Path) -> Iterator[Path]:
-    """Draw each metric around the fall of the reward, for docs/metrics.md, and say where each went."""
-    yield from _save(folder, {metric: plots.metric_traces(results, metric) for metric in UNITS})
 
 
 def _save(folder: Path, figures: dict[str, Figure]) -> Iterator[Path]:

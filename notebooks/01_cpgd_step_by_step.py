@@ -132,8 +132,8 @@ assert d.abs().max() < 1e-5
 #
 # $$ \min\!\left(d A,\ \mathrm{clip}(d, \ln(1-\varepsilon), \ln(1+\varepsilon)) A\right) - \alpha\,\mathrm{drift}(d) $$
 #
-# ε is 0.2, so a token counts while its ratio is between 0.8 and 1.2, or comes back from beyond. The drift is k3 $= r
-# - 1 - d$, whose mean is the Kullback-Leibler divergence from the old policy to the new one. α is here set to the
+# ε is 0.2, so a token counts while its ratio is between 0.8 and 1.2, or comes back from beyond. The drift is k3,
+# $r - 1 - d$, whose mean is the Kullback-Leibler divergence from the old policy to the new one. α is here set to the
 # largest |A| of the rollout, a rule that notebook 7 derives.
 #
 # **Predict.** With d = 0: what is the value of the loss? And has it a gradient?

@@ -44,7 +44,7 @@ UNITS = {
     "learning_rate": "per update",
 }
 LOGARITHMIC = ("kl_old", "kl_ref", "ratio_min", "ratio_p01", "ratio_p99", "ratio_max", "learning_rate")
-WINDOW = np.arange(-5, 6)
+WINDOW = range(-5, 6)  # steps from the fall
 
 
 class Traces(NamedTuple):
