@@ -31,7 +31,7 @@ def save_figures(folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
 
 
 def save_published(results: Path, folder: Path) -> Iterator[Path]:
-    """Draw every published figure: from the committed logs, each metric's too, and what the recipes are predicted to need.
+    """Draw every published figure: from the committed logs, metrics too, and what the recipes are predicted to need.
 
     Raises:
         UserError: they are not there.
