@@ -10,13 +10,14 @@ An algorithm answers four questions, and the table at the end of this file has c
 $$ \mathrm{loss} = \sum_t w_t \left( -\mathrm{surrogate}_t + \alpha\, \mathrm{drift}_t
    + \beta\, \mathrm{KL}_{ref,t} \right) $$
 
-The weights $w_t$ are the aggregation's. A row may also take the ratio at another `level`, bring its own `epsilon_high`, or
-charge the reference KL to the reward.
+The weights $w_t$ are the aggregation's. A few rows set more: the `level` at which a ratio is taken (token or response),
+an upper clip bound of their own (`epsilon_high`), and whether the KL to a reference policy is paid in the loss or in the
+reward (`reference_kl`).
 
 To try an idea of your own: write its function beside the others and add a row.
 
-In: rewards (N, G), then log-probabilities (B, T) in nats. Out: advantages (N, G), then a scalar loss and its metrics.
-Needs torch only.
+In: rewards (N, G), G responses to each of N prompts; then log-probabilities (B, T) in nats, B = N * G responses of T
+tokens at most. Out: advantages (N, G), then a scalar loss and its metrics. Needs torch only.
 """
 
 import math
@@ -84,7 +85,7 @@ AGGREGATIONS: dict[str, Aggregation] = {
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row of the table; calling its two methods is all that a training loop has to know.
+    """One row of the table; `advantages` and `loss` are all that a simple training loop has to call.
 
     `level` is where the ratio is taken (`surrogates.LEVELS`), `epsilon_high` the row's own upper bound where it has
     one, and `reference_kl` says where `beta` acts: in the "loss", or as a penalty in the "reward".
@@ -182,20 +183,20 @@ class Algorithm:
         )
 
     def clip_bounds(self, epsilon: float, epsilon_high: float | None = None) -> tuple[float, float]:
-        """The ratios at which this row clips; above, what was asked for counts before the row's own, then `epsilon`."""
+        """The ratios at which this row clips. The upper one: what is asked for here, else the row's own, else `epsilon`."""
         above = next(e for e in (epsilon_high, self.epsilon_high, epsilon) if e is not None)
         return 1 - epsilon, 1 + above
 
     def token_weights(
         self, mask: Tensor, max_completion_length: int | None = None, aggregation: str | None = None
     ) -> Tensor:
-        """(B, T) mask of a whole optimizer step to (B, T) weights; see "Aggregation" above."""
+        """(B, T) mask of a whole optimizer step to (B, T) weights, by the row's aggregation, or another."""
         return AGGREGATIONS[aggregation or self.aggregation](mask.float(), max_completion_length)
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss and, detached, what its metrics are made of. Each tensor is (B, T); `metrics` is computed when read."""
+    """A scalar loss and, detached, what its metrics are made of, (B, T) each; `metrics` is computed when read."""
 
     loss: Tensor
     log_ratio: Tensor
@@ -239,18 +240,18 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
 
 
 def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
-    r"""The drift coefficient at which no advantage can run away: $\alpha = \max |A|$. Ours, not the paper's.
+    r"""A drift coefficient that no advantage can outrun: $\alpha = \max |A|$. Ours, not the paper's.
 
     Take one context, exact expectations under $\pi_{old}$, no clip, and an advantage of mean 0. The objective is
 
     $$ \sum_a \pi_{old}(a)\,(A(a) + \alpha)\,\ln\frac{\pi(a)}{\pi_{old}(a)} $$
 
-    Where every weight $A + \alpha$ is positive, that is $\alpha > -\min A$, its one maximum over the simplex is
+    Where every weight $A + \alpha$ is positive, that is $\alpha > -\min A$, it has one maximum over all policies,
     $\pi = \pi_{old}(1 + A/\alpha)$: each ratio settles at $r^* = 1 + A/\alpha$, and the expected advantage rises by
-    $\mathrm{Var}(A)/\alpha$. Below that bound the worst action's weight is negative, and driving its probability to zero
-    is worth infinitely much. $\alpha = \max|A|$ is never below it: every $r^*$ lies in [0, 2], and is 0 only for a response
-    whose negative advantage is the largest of all, which then has nothing to gain from either direction. (A ratio of 2 is
-    short of 3, where the slope of `bounded_drift` stops growing.)
+    $\mathrm{Var}(A)/\alpha$. Below that bound the worst action's weight is negative: the smaller its probability, the
+    larger the objective, without end. $\alpha = \max|A|$ is never below the bound. Every $r^*$ then lies in [0, 2], short
+    of 3, where the slope of `bounded_drift` stops growing. It is 0 only where $\alpha$ stands on the bound itself: for a
+    response whose advantage is negative and the largest of all.
 
     Args:
         advantages: any shape, of one rollout.

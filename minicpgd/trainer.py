@@ -33,10 +33,10 @@ class Listener:
 
 
 def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Listener()) -> Path:  # noqa: B008 (frozen)
-    """Train, from the start or from the newest whole checkpoint of `config.folder`.
+    """Train, from the start or from the newest checkpoint of `config.folder` that is intact.
 
     Args:
-        config: what to run; with `resume`, the stored one, in which only `max_steps` may have grown.
+        config: what to run. With `resume` it has to be the run's own, from its folder; only `max_steps` may be larger.
         listener: hears of every step; when its `stop()` is true, the step is finished and saved and `train` returns.
 
     Returns:
@@ -45,7 +45,7 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
 
     Raises:
         UserError: what cannot be loaded, resumed or written, a reward function that fails, a run folder that exists.
-        NonFiniteError: a loss or gradient stopped being a number; checkpoints hold the last good state.
+        NonFiniteError: a loss or gradient stopped being a number; checkpoints hold the last state that was saved.
     """
     if not resume:
         refuse_existing(config.folder)
@@ -58,7 +58,10 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener = Lis
 
 
 def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
-    """From the newest whole checkpoint, if there is one, to the end."""
+    """From the newest checkpoint that is intact, if there is one, to the end.
+
+    What was logged after that checkpoint is dropped, and those steps are made again; the same comes out of them.
+    """
     config = log.config
     checkpoint = load_checkpoint(log.folder / "checkpoints", listener.warn)
     done = checkpoint.step if checkpoint else -1
@@ -93,7 +96,7 @@ def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn what a disk can do wrong into one line."""
+    """Turn a full disk, or one that may not be written to, into one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

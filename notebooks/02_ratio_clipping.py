@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 2. The ratio, and what a clip does to it
 #
-# Nearly everything that sets these algorithms apart is one function of one number, the ratio r. Here that function is
-# drawn, and then the tokens of a real rollout walk through it.
+# How hard is a token pulled? Each algorithm answers with a function of one number, the ratio r. Here these functions
+# are drawn, and then the tokens of a real rollout walk through them.
 #
 # **After this notebook you can**
 #
@@ -33,13 +33,15 @@ plt.rcParams.update(STYLE)
 # ## 1. Four cases
 #
 # A token was sampled by $\pi_{\mathrm{old}}$. Since then the policy has changed, and the token's probability with it,
-# by the ratio $r = \pi_\theta / \pi_{\mathrm{old}}$. Its logarithm is $d = \ln r$. PPO, and with it GRPO, climbs
+# by the ratio $r = \pi_\theta / \pi_{\mathrm{old}}$. Its logarithm is $d = \ln r$. PPO (Proximal Policy
+# Optimization), and with it GRPO, maximises
 #
 # $$ J = \min\!\left(r A,\ \mathrm{clip}(r, 1-\varepsilon, 1+\varepsilon)\, A\right) $$
 #
-# for each token, CPG the same with d in place of r, and bounds $\ln(1-\varepsilon)$ and $\ln(1+\varepsilon)$. ε is
-# 0.2. What an optimizer feels of J is its derivative in $\ln \pi_\theta$. We call it the *weight* of the token:
-# positive means make it likelier.
+# for each token, CPG (CPGD without its drift) the same with d in place of r, and bounds $\ln(1-\varepsilon)$ and
+# $\ln(1+\varepsilon)$. ε is 0.2. What an optimizer feels of J is its derivative in $\ln \pi_\theta$, the token's
+# log-probability. We call it the *gradient weight*, here just weight: positive means make the token likelier, and 1
+# is the weight that plain policy gradient gives at A = 1.
 #
 # Nothing below is worked out by hand. `objective_and_weight` asks the package's own loss for J and lets autograd find
 # the weight.
@@ -70,6 +72,9 @@ for name in ("grpo", "cpg", "cpgd"):
 # `cpgd` adds its drift, here with α = 1, and is 0 nowhere in this table.
 #
 # ## 2. The objective
+#
+# A fourth row joins: `grpo_dual_clip` is GRPO with a second clip, for A < 0 only, which lets J sink to 3 A and no
+# further. (The 3 is a constant of that method.)
 #
 # **Predict.** For A < 0 and a ratio that grows and grows, which of these objectives has a floor?
 
@@ -113,9 +118,9 @@ assert torch.allclose(between["cpgd"], between["grpo"])
 # - **`grpo_dual_clip`** is the same, but at A < 0 and r > 3 the weight is 0. The token is not held any more, it is
 #   given up.
 # - **`cpg`** has A or nothing.
-# - **`cpgd`** has $A - \alpha \min(r - 1, c)$, with $c = 2$, and without the A where it is clipped. It crosses zero
-#   *at the bound* and pulls back beyond it, with a force that grows with the distance, and that stops growing at r =
-#   3.
+# - **`cpgd`** has $A - \alpha \min(r - 1, c)$, with $c = 2$, and without the A where it is clipped. Here, where α =
+#   |A|, it jumps across zero *at the bound* and pulls back beyond it, with a force that grows with the distance, and
+#   that stops growing at r = 3. (With α larger than |A|/ε it turns before the bound, at $r = 1 + A/\alpha$.)
 #
 # Look at A = −1 between 0.8 and 3: `cpgd` lies on top of `grpo`. With α = −A the weight $A - \alpha(r - 1)$ is $r A$.
 # So CPGD does push harder on a bad token that rises. What it does not do is push harder without a bound.
@@ -152,8 +157,8 @@ assert torch.equal(made.rollout.completion_ids, same.rollout.completion_ids)
 print(f"{int(made.rollout.mask.sum())} tokens, A from {made.advantages.min():.2f} to {made.advantages.max():.2f}")
 
 # %% [markdown]
-# **Predict.** The clip's bounds are 0.8 and 1.2. How far do ratios go under GRPO? Once a token is in the grey, does
-# it stay where it is?
+# **Predict.** The clip's bounds are 0.8 and 1.2. How far do ratios go under GRPO? The next figure shades the regions
+# where the surrogate is clipped. Once a token is in there, does it stay where it is?
 
 # %%
 token_regions({name: {k: seen[k] for k in (1, 4, PASSES)} for name, seen in {"grpo": grpo, "cpgd": cpgd}.items()})
@@ -184,8 +189,9 @@ assert grpo[PASSES].metrics["ratio_min"] < 0.1 < cpgd[PASSES].metrics["ratio_min
 # They are nearly empty. Section 7 comes back to that.
 #
 # Under CPGD the first pass leaves a ratio of 0.058, nearly as wild as GRPO's 0.040. The drift is blind in the first
-# update, where every r is 1, and can only answer what has happened. By pass 4 it has: all ratios are between 0.76 and
-# 1.58.
+# of the pass's four updates, where every r is 1, and afterwards it can only answer what has happened. By pass 4 it
+# has: all ratios are between 0.76 and 1.58. (The 1.58 is that same token, with A < 0; it overshot. After 16 passes
+# they are between 0.71 and 1.85.)
 #
 # ## 5. Who pushes a clipped token?
 #
@@ -213,8 +219,10 @@ plt.show()
 # every seed, they come closer: from 0.26 to 0.09, from 0.52 to 0.38, from 0.35 to 0.20.
 #
 # So the name is easily misread. "Clipped" says that a token no longer pushes itself. It is pushed by tokens that are
-# free, and by the optimizer's momentum, which remembers past gradients. Nothing pulls it back. Under CPGD the drift
-# does, though not to the bound: where it ends is a balance of everybody's pulls.
+# free, and by the optimizer's momentum, which remembers past gradients. Nothing aims to pull it back, though others
+# may happen to: with seed 1 GRPO's line goes down again. Under CPGD the drift does aim at it. Where a token ends is a
+# balance of everybody's pulls, on either side of the bound. (The dashed line is at |d| = 0.2; the bounds themselves
+# are −0.22 and 0.18.)
 #
 # ## 6. Which tokens are these?
 #
@@ -264,10 +272,10 @@ for name in ("grpo", "cpgd"):
         assert not (clipped & where["any other"]).any()
 
 # %% [markdown]
-# The same everywhere: not one clipped token among the rest, with any seed. After `7+7=` the policy is all but certain
-# of `4`, and what is certain can hardly move. Most of the tokens in a text are like that. A clip acts on the few
-# where something is decided. In the first row 66 of all 512 tokens are clipped, 13 %; of the tokens that decide, it
-# is 66 of 118.
+# How many are clipped differs from seed to seed, and where does not: there is not one clipped token among the rest.
+# After `7+7=` the policy is all but certain of `4`, and what is certain can hardly move. Most of the tokens in a text
+# are like that. A clip acts on the few where something is decided. In the first row 66 of all 512 tokens are clipped,
+# 13 %; of the tokens that decide, it is 66 of 118.
 #
 # ## 7. How much of the unbounded side is there to see?
 #
@@ -290,24 +298,24 @@ for rate in (1e-4, 1e-3):
         print(line)
 
 # %% [markdown]
-# Each bracket counts, pass by pass, the tokens with A < 0 and r > 3, out of about 500; there is one bracket per seed.
+# Each bracket counts, pass by pass, the tokens with A < 0 and r > 3; there is one bracket per seed.
 #
 # At the default learning rate there is none. Under GRPO no bad token got past r = 1.71, so dual clip never acts, and
-# the two are the same run. The unbounded side of PPO is real, but nobody is there.
+# the two are the same run. In these passes nobody is on PPO's unbounded side.
 #
 # With ten times the learning rate one or two tokens get there, and then something else happens than the word
 # "unbounded" suggests. GRPO, whose push grows with r, has them back by the second pass. Dual clip, which is silent
-# there, leaves them where they are, and `cpg` with its even push does so with the first seed. A strong push *against*
-# a mistake is a restoring force.
+# there, leaves them there, to the end with two seeds and for three passes with the third. A push *against* a mistake
+# restores. (One or two tokens a seed are an anecdote: read it as a hint of what the factor r is not.)
 #
-# Two tokens are not much evidence. But whole runs say the same (section 2 of `docs/results.md`): with 64 updates per
-# rollout GRPO ends at an accuracy of 0.25, with dual clip at 0.26, and `cpg` at 0.25, while `cpgd` ends at 0.83 and
-# `grpo_drift` at 0.85. What matters there is not the factor r in the weight. It is whether something pulls back, and
-# that is the subject of notebook 3.
+# Does the factor r matter in whole runs? [Section 2 of the results](../docs/results.md#2-anatomy) has eight seeds at
+# the setting of this section, K = 64 and learning rate 1e-4: GRPO ends at an accuracy of 0.25, with dual clip at
+# 0.26, and `cpg`, without any r, at 0.25. It does not. `cpgd` ends at 0.83, and `grpo_drift`, GRPO with CPGD's drift,
+# at 0.85. What matters is whether something pulls back, and that is the subject of [notebook 3](03_kl_drift.ipynb).
 #
 # ## Exercises
 #
-# 1. *One line.* Draw the weights of `grpo_unclipped`, `cispo`, `pg` and `pgd`. Predict first: which of the four is
+# 1. *One line.* Draw the weights of `grpo_unclipped`, `cispo`, `pg` and `pgd`. Predict first: which of the four are
 #    never 0, and which is held by something other than a clip?
 # 2. *By hand.* A token has A = 2, and α is 4. At which ratio is the weight of `pgd`, CPGD without its clip, zero?
 #    Where does the weight of `cpgd` change its sign?
@@ -317,7 +325,8 @@ for rate in (1e-4, 1e-3):
 # %% solution
 # Solution 1
 objective_curves(("grpo_unclipped", "cispo", "pg", "pgd"), weight=True)
-# r A grows without bound on both sides; cispo stops growing at 1.2; pg is A everywhere. None of these three is ever 0.
+# r A grows without bound, for A > 0 and for A < 0; cispo stops growing at 1.2; pg is A everywhere.
+# None of these three is ever 0.
 # pgd is: at A = +1 the drift holds it, and A - alpha (r - 1) = 0 at r = 1 + A / alpha = 2.
 
 # %% solution

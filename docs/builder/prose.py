@@ -37,6 +37,7 @@ def formula(latex: str, *, block: bool) -> str:
     """LaTeX to MathML, in a box that scrolls where the formula is wider than the column."""
     mathml = convert(latex.strip(), display="block" if block else "inline")
     mathml = mathml.replace('<mspace width="negativethinmathspace" />', "")
+    mathml = mathml.replace("<mo>&#x0007C;</mo>", '<mo stretchy="false" lspace="0" rspace="0">|</mo>')
     if block:
         return f'<div class="formula" tabindex="0">{mathml}</div>\n'
     return f'<span class="wide">{mathml}</span>' if len(latex) > WIDE else mathml

@@ -7,7 +7,7 @@ the comments that stand on lines of their own before a definition. The code is a
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields):\n((?:(?: {4}.*)?\n?)+)", re.MULTILINE)
@@ -22,6 +22,12 @@ class Part:
     code: str
     name: str = ""
     inside: str = ""  # the class that it belongs to
+    also: list[str] = field(default_factory=list)  # further names, of which nothing is said
+
+    @property
+    def full_name(self) -> str:
+        """`Learner.step`; empty where nothing is defined."""
+        return f"{self.inside}.{self.name}" if self.inside else self.name
 
 
 def module_name(path: Path, package: Path) -> str:
@@ -38,14 +44,23 @@ def parts_of(source: str) -> list[Part]:
     end = tree.body[0].end_lineno if first and tree.body else 0
     for node in tree.body[first:]:
         for part in _cut(node, lines, end or 0):
-            last = parts[-1]
-            plain = not (part.prose or part.name)
-            if plain and not last.name and len(parts) > 1 and not last.prose:
-                last.code = f"{last.code}\n{part.code}"
+            if _goes_with(part, parts):
+                parts[-1].code += f"\n{part.code}"
+                parts[-1].also += [part.full_name] if part.name else []
             else:
                 parts.append(part)
         end = node.end_lineno
     return parts
+
+
+def _goes_with(part: Part, before: list[Part]) -> bool:
+    """Statements of which nothing is said stand together; a class's fields with its head."""
+    last = before[-1]
+    silent = not part.prose and not re.search(rf"^\s*(def|class) {part.name}\b", part.code, flags=re.MULTILINE)
+    if part.inside:
+        return silent and part.inside in (last.inside, last.name) and "def " not in last.code
+    imports = [bool(re.match(r"from|import", p.code.strip())) for p in (part, last)]
+    return silent and len(before) > 1 and not last.prose and not last.inside and imports[0] == imports[1]
 
 
 def _cut(node: ast.stmt, lines: list[str], after: int, inside: str = "") -> Iterator[Part]:
@@ -54,10 +69,13 @@ def _cut(node: ast.stmt, lines: list[str], after: int, inside: str = "") -> Iter
     above = lines[after : start - 1]
     comments = [line.strip() for line in above if line.strip().startswith("#") and not line.strip().startswith("# fmt")]
     said = "\n".join(comment.removeprefix("#").removeprefix(" ") for comment in comments)
-    switches = [line for line in above if line.strip().startswith("# fmt")]
-    blank = [""] if above and not above[-1].strip() and not comments else []
+    apart = bool(above) and not above[-1].strip()
+    if comments and apart:  # a remark on all that follows, and not on this statement
+        yield Part(said, "", "", inside)
+        said, comments = "", []
+    blank = [""] if apart else []
     if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-        yield Part(said, "\n".join([*blank, *switches, *lines[start - 1 : node.end_lineno]]), _assigned(node), inside)
+        yield Part(said, "\n".join([*blank, *lines[start - 1 : node.end_lineno]]), _assigned(node), inside)
         return
     docstring, first = ast.get_docstring(node) or "", node.body[0]
     body = node.body[1:] if docstring else node.body
@@ -111,8 +129,7 @@ def docstring_to_markdown(text: str) -> str:
 def definitions(parts: list[Part]) -> Iterator[str]:
     """The names that a module defines: `train`, `Learner`, `Learner.step`."""
     for part in parts:
-        if part.name:
-            yield f"{part.inside}.{part.name}" if part.inside else part.name
+        yield from [part.full_name, *part.also] if part.name else part.also
 
 
 def imported(source: str, package: str = "minicpgd") -> Iterator[tuple[str, str, str]]:

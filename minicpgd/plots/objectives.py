@@ -66,7 +66,7 @@ def objective_curves(
             lines = objective_and_weight(ALGORITHMS[name], ratios, advantage, drift_coef=drift_coef)
             label = name + (rf"  ($\alpha$ = {drift_coef:g})" if ALGORITHMS[name].drift else "")
             # later lines are thinner, so that where two coincide both are seen
-            shape = {"color": look(which).color, "linestyle": look(which).linestyle, "linewidth": 3.8 - 0.75 * which}
+            shape = {"color": look(which).color, "linestyle": look(which).linestyle, "linewidth": 3.8 - 0.6 * which}
             axis.plot(ratios, lines[int(weight)], label=label, **shape)
         for bound in bounds:
             axis.axvline(bound, **LINE)
@@ -121,5 +121,7 @@ def token_regions(
         axis.set_xlabel("ratio r  (log scale)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     handles.append(Rectangle((0, 0), 1, 1, color=SHADE))
-    figure.legend(handles, [*labels, "region where the surrogate is clipped"], loc="outside lower center", ncols=4)
+    figure.legend(
+        handles, [*labels, "region where the surrogate is clipped"], loc="outside lower center", ncols=4, markerscale=2
+    )
     return figure

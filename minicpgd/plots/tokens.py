@@ -60,7 +60,7 @@ def token_text(
             axis.add_patch(Rectangle((x, i + 0.2), width, 0.6, color=colour, linewidth=0))
             axis.text(x + width / 2, i + 0.5, token, ha="center", va="center", family="monospace", color=ink)
             if value > high or value < low:
-                y, shape = (i + 0.11, "^") if value > high else (i + 0.89, "v")
+                y, shape = (i + 0.14, "^") if value > high else (i + 0.86, "v")
                 axis.plot(x + width / 2, y, shape, color="black", markersize=4, clip_on=False)
             x += width
     scale = figure.colorbar(

@@ -28,7 +28,8 @@ def notebook_html(path: Path, place: Place) -> str:
         if cell["cell_type"] == "markdown":
             shown.append(_marked(render(BADGE.sub(r"[\1]", cell["source"]), place)))
             continue
-        body = listing(cell["source"], "python", place) + "".join(map(_output, cell["outputs"]))
+        body = listing(cell["source"], "python", Place() if number == 1 else place)  # the set-up's is half shell
+        body += "".join(map(_output, cell["outputs"]))
         folded = "solution" in cell["metadata"].get("tags", [])
         title = "Set-up" if number == 1 else cell["source"].splitlines()[0].lstrip("# ").strip()
         if folded or number == 1:
