@@ -23,7 +23,7 @@ from minicpgd import ALGORITHMS, TrainConfig
 from minicpgd.algorithms import Algorithm
 from minicpgd.experience import Draws
 from minicpgd.learner import Learner
-from minicpgd.plots.style import STYLE, look
+from minicpgd.plots.style import COLOURS, STYLE, look, ribbon_legend, ribbons
 from minicpgd.policy import quiet
 from minicpgd.rollout import Rollout
 from minicpgd.surrogates import ratio
@@ -225,12 +225,20 @@ class SeesPadding(Learner):
         return problems, PaddingSeen(**vars(rollout))
 
 
-rows = {}
-for name, kind in (("right", Learner), ("temperatures", TwoTemperatures), ("padding", SeesPadding)):
-    passes = make(kind).step(1).passes
-    rows |= {f"{name}, pass {n}": passes[n - 1] for n in (1, 8)}
+kinds = {"right": Learner, "temperatures": TwoTemperatures, "padding": SeesPadding}
+passes = {name: pd.DataFrame(make(kind).step(1).passes) for name, kind in kinds.items()}
+figure, axes = plt.subplots(1, 3, figsize=(9, 3.3), sharey=True, layout="constrained")
+for axis, (name, seen), colour in zip(axes, passes.items(), COLOURS, strict=False):
+    ratios = [seen[f"ratio_{end}"].clip(lower=1e-4) for end in ("min", "p01", "p99", "max")]
+    ribbons(axis, seen["pass"], ratios, colour, (0.8, 1.2))
+    axis.set(yscale="log", title=name, xlabel="pass over the first rollout")
+axes[0].set_ylabel("ratio r  (log scale)")
+figure.legend(handles=ribbon_legend(), loc="outside lower center", ncols=3)
+plt.show()
+
+rows = {f"{name}, pass {n}": seen.iloc[n - 1] for name, seen in passes.items() for n in (1, 8)}
 table = pd.DataFrame(rows).T[["ratio_min", "ratio_max", "kl_old"]]
-print(table.round(3))
+print(table.astype(float).round(3))
 assert abs(table.ratio_min["right, pass 1"] - 1) < 1e-3
 assert table.ratio_min["temperatures, pass 1"] < 0.9 and table.ratio_min["padding, pass 1"] < 0.1
 
