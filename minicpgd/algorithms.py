@@ -242,7 +242,8 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
 def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
     r"""A drift coefficient that no advantage can outrun: $\alpha = \max |A|$. Ours, not the paper's.
 
-    Take one context, exact expectations under $\pi_{old}$, no clip, and an advantage of mean 0. The objective is
+    Take one context, exact expectations under $\pi_{old}$, no clip, and an advantage of mean 0. The mean of k3 is then the
+    KL itself, that of $-\ln(\pi/\pi_{old})$, and the objective is
 
     $$ \sum_a \pi_{old}(a)\,(A(a) + \alpha)\,\ln\frac{\pi(a)}{\pi_{old}(a)} $$
 
@@ -250,7 +251,7 @@ def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
     $\pi = \pi_{old}(1 + A/\alpha)$: each ratio settles at $r^* = 1 + A/\alpha$, and the expected advantage rises by
     $\mathrm{Var}(A)/\alpha$. Below that bound the worst action's weight is negative: the smaller its probability, the
     larger the objective, without end. $\alpha = \max|A|$ is never below the bound. Every $r^*$ then lies in [0, 2], short
-    of 3, where the slope of `bounded_drift` stops growing. It is 0 only where $\alpha$ stands on the bound itself: for a
+    of 3, where the slope of `bounded_drift` stops growing. $r^*$ is 0 only where $\alpha$ stands on the bound itself: for a
     response whose advantage is negative and the largest of all.
 
     Args:

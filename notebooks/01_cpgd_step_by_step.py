@@ -135,14 +135,15 @@ assert d.abs().max() < 1e-5
 #
 # $$ \min\!\left(d A,\ \mathrm{clip}(d, \ln(1-\varepsilon), \ln(1+\varepsilon)) A\right) - \alpha\,\mathrm{drift}(d) $$
 #
-# The first part is the *surrogate*. It stands in for the expected reward, which nobody can compute, and has its slope
-# at d = 0. The `clip` holds d between $\ln 0.8$ and $\ln 1.2$ (ε is 0.2); the `min` takes the worse of the two, and
-# section 6 shows what that is good for.
+# The first part is the *surrogate*. It stands in for the expected reward, which nobody can compute, and has the same
+# gradient where the policy has not moved yet. The `clip` holds d between $\ln 0.8$ and $\ln 1.2$ (ε is 0.2); the
+# `min` takes the worse of the two, and section 6 shows what that is good for.
 #
 # The second part is the price of having moved. $\mathrm{drift}(d)$ is called k3, $r - 1 - d$; it is 0 at d = 0 and
 # positive elsewhere. Its mean over tokens is a Kullback-Leibler divergence (KL), the usual distance between policies;
-# [notebook 3](03_kl_drift.ipynb) is about it. From r = 3 on the trained drift goes on in a straight line, so that its
-# slope, r − 1, never exceeds c = 2. α is set to the largest |A| of the rollout, a rule of this package.
+# [notebook 3](03_kl_drift.ipynb) is about it. Its slope in d is r − 1, and from r = 3 on the trained drift goes on in
+# a straight line, so that the slope never exceeds c = 2. α is set to the largest |A| of the rollout, a rule of this
+# package.
 #
 # The loss is minus the mean of all this, over the tokens of each answer and then over the answers.
 #
@@ -152,7 +153,7 @@ assert d.abs().max() < 1e-5
 algorithm = learner.algorithm
 
 
-def look(d):
+def loss_at(d):
     """The loss of CPGD at log-ratios d, (B, T), and its gradient in d."""
     d = d.clone().requires_grad_()
     out = algorithm.loss(d, torch.zeros_like(d), made.advantages, rollout.mask, drift_coef=learner.drift_coef)
@@ -160,7 +161,7 @@ def look(d):
     return out, d.grad
 
 
-out, gradient = look(torch.zeros_like(d))
+out, gradient = loss_at(torch.zeros_like(d))
 print(f"alpha = {learner.drift_coef:.3f}, loss = {out.loss:.3f}")
 print("gradient, first 3 tokens of answers 0 to 3:")
 print(gradient[:4, :3])
@@ -235,7 +236,7 @@ show("After 4 updates")
 
 # %%
 d = learner.score(rollout) - rollout.logp
-out, gradient = look(d)
+out, gradient = loss_at(d)
 print("answer token      A       d      r  clipped   surrogate   drift    both")
 for row, t in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 1), (6, 0)):
     A, dt, clipped = made.advantages[row].item(), d[row, t].item(), bool(out.clipped[row, t])
@@ -255,7 +256,7 @@ for row, t in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 1), (6, 0)):
 #   drift pulls it *back*.
 # - **`7` in answer 1** has a ratio of 2.25, far beyond the clip's bound. A clip bounds the objective, not the ratio:
 #   it takes the token's own pull away, and other tokens and the optimizer's momentum may carry it on. Only the drift
-#   answers that.
+#   aims at undoing that.
 # - **`#`** has the same d in answers 0 and 2, and is clipped in one of them. With A > 0 a ratio below 0.8 is a
 #   mistake to be undone, so the surrogate pulls on, in full. With A < 0 it is a job done. That is what the `min` is
 #   for.
@@ -319,8 +320,8 @@ plt.show()
 # %% [markdown]
 # A worked answer is right more often than a guess, so working becomes likelier, and answers grow from 8 tokens to
 # about 30. Nobody rewarded length; a 0/1 reward was enough. With seed 0 the reward fell before it rose: it had begun
-# with a lucky rollout. (Other algorithms learn this as well, and as fast; what sets them apart comes with more
-# passes, in [notebook 4](04_collapse_of_baselines.ipynb).)
+# with a lucky rollout. (Asked this gently, with eight updates a rollout, other algorithms learn it as well, and as
+# fast. What sets them apart comes with more, in [notebook 4](04_collapse_of_baselines.ipynb).)
 #
 # ## Exercises
 #
@@ -354,4 +355,4 @@ for seed in range(3):
         small = {"num_prompts": 2, "num_generations": 4, "num_minibatches": 1, "num_iterations": 16}
         line = Learner.from_config(TrainConfig(algorithm=name, seed=seed, **small)).step(1).metrics
         print(f"seed {seed}  {name:<4}  largest ratio {line['ratio_max']:6.2f}  kl_old {line['kl_old']:.4f}")
-# The drift holds both: ratios stay near 2, and kl_old is 4 to 12 times smaller, with every seed.
+# The drift holds both: ratios stay near 2, and kl_old is 3.7 to 12 times smaller, with every seed.

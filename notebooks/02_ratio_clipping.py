@@ -181,7 +181,7 @@ assert grpo[PASSES].metrics["ratio_min"] < 0.1 < cpgd[PASSES].metrics["ratio_min
 # Under GRPO ratios go from 0.005 to 4.35, and the clip held none of those far ones. It did what it says: they are
 # orange, and their weight is 0. A clip bounds the objective. It does not bound the ratio.
 #
-# Look at the green triangles, too. Where all answers of a group had the same reward, A is 0: no objective pulls on
+# Look at the green triangles, too. Where all answers of a group had the same reward, A is 0: no surrogate pulls on
 # these tokens, and there is nothing to clip. They travel all the same. Tokens share the model's parameters, and are
 # moved by what others ask for.
 #
@@ -308,8 +308,8 @@ for rate in (1e-4, 1e-3):
 # there, leaves them there, to the end with two seeds and for three passes with the third. A push *against* a mistake
 # restores. (One or two tokens a seed are an anecdote: read it as a hint of what the factor r is not.)
 #
-# Does the factor r matter in whole runs? [Section 2 of the results](../docs/results.md#2-anatomy) has eight seeds at
-# the setting of this section, K = 64 and learning rate 1e-4: GRPO ends at an accuracy of 0.25, with dual clip at
+# Does the factor r matter in whole runs? [Section 2 of the results](../docs/results.md#2-anatomy) has eight seeds of
+# whole runs at K = 64 updates a rollout and learning rate 1e-4: GRPO ends at an accuracy of 0.25, with dual clip at
 # 0.26, and `cpg`, without any r, at 0.25. It does not. `cpgd` ends at 0.83, and `grpo_drift`, GRPO with CPGD's drift,
 # at 0.85. What matters is whether something pulls back, and that is the subject of [notebook 3](03_kl_drift.ipynb).
 #

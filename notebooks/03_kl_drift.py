@@ -144,8 +144,8 @@ plt.show()
 
 # %% [markdown]
 # Left: the bars of k1 are not there. Its value is right and its gradient is nothing, because the mean of $\nabla \ln
-# \pi_\theta$ over samples of $\pi_\theta$ is 0 for any policy: it is the gradient of the sum of all probabilities,
-# which is always 1. In a loss such a penalty adds noise and does nothing else. (In the reward it works, and
+# \pi_\theta$ over samples of $\pi_\theta$ is 0 for any policy: $\sum_a \pi \nabla \ln \pi = \sum_a \nabla \pi =
+# \nabla 1 = 0$. In a loss such a penalty adds noise and does nothing else. (In the reward it works, and
 # `reinforce_pp` has it there: a reward need not be differentiated.) k2, the biased one, has the gradient of
 # $\mathrm{KL}(\pi_\theta \,\|\, \pi_{\mathrm{ref}})$. k3 has the gradient of the KL in the *other* direction.
 #

@@ -38,6 +38,10 @@ def formula(latex: str, *, block: bool) -> str:
     mathml = convert(latex.strip(), display="block" if block else "inline")
     mathml = mathml.replace('<mspace width="negativethinmathspace" />', "")
     mathml = mathml.replace("<mo>&#x0007C;</mo>", '<mo stretchy="false" lspace="0" rspace="0">|</mo>')
+    mathml = re.sub(r"<m[io]>(ln|log|exp|min|max)</m[io]>", r"<mi>\1</mi>", mathml)  # a name, with a space of its own
+    mathml = re.sub(
+        r"(<mi>(?:ln|log|exp|min|max)</mi>)(?=<m(?:i|n|sub|sup|frac)>)", r'\1<mspace width="0.17em"/>', mathml
+    )
     if block:
         return f'<div class="formula" tabindex="0">{mathml}</div>\n'
     return f'<span class="wide">{mathml}</span>' if len(latex) > WIDE else mathml
