@@ -116,7 +116,11 @@ def source_html(site: Site, module: str, page: Page, missing: list[str]) -> str:
     head = render(docstring_to_markdown(rest), place, level=1)
     rows = [f'<div class="module"><p class="kind">{page.title}</p>{heading}{head}</div>\n']
     for part in parts[1:]:
-        if not part.name and all(re.match(r"from|import|[ )]|$", line) for line in part.code.splitlines()):
+        if (
+            part.code.strip()
+            and not part.name
+            and all(re.match(r"from|import|[ )]|$", line) for line in part.code.splitlines())
+        ):
             imports = code(part.code.strip("\n"), "python", place)
             rows.append(f"<details><summary>imports</summary><pre><code>{imports}</code></pre></details>\n")
             continue

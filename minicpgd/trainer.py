@@ -77,7 +77,7 @@ def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"step {step}: {error}; the last good checkpoint is {saved or 'none yet'}. "
-                "Try a smaller learning_rate or fewer num_iterations, or algorithm=cpgd"
+                "In a new run, try a smaller learning_rate or fewer num_iterations, or algorithm=cpgd"
             ) from error
         stopping = listener.stop()
         log.append("metrics", [{"step": step, **made.metrics}])

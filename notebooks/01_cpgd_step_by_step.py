@@ -174,7 +174,7 @@ print(gradient[:4, :3])
 # share of 1/24, and $-0.866 / 24 = -0.036$: raising the log-probability of `#4` lowers the loss. In answer 2 the sign
 # is the other one. In answer 1 a token has less, because 32 tokens share one answer's eighth. This is plain policy
 # gradient, clip idle, drift idle. At d = 0 the surrogates of GRPO (Group Relative Policy Optimization) and RLOO
-# (REINFORCE leave-one-out) have the slope A as well, each with an advantage of its own. The three part with the
+# (REINFORCE leave-one-out) have the slope A as well; RLOO only computes another A. The three algorithms part with the
 # second update.
 
 # %%
@@ -186,8 +186,8 @@ print("weight of a token:", share[:4])
 # ## 5. One update
 #
 # A *pass* goes once over all answers. It may be cut into minibatches, with an update after each (four by default);
-# ours is not, so a pass is one update. `passes` makes them one by one. An update is a gradient, its norm bounded, and
-# a step of AdamW, an optimizer with momentum: it remembers past gradients.
+# ours is not, so a pass is one update. `passes` makes them one by one: each `next(passes)` is an update. An update is
+# a gradient, its norm bounded, and a step of AdamW, an optimizer with momentum: it remembers past gradients.
 #
 # **Predict.** Answer 1 was right and long, answers 2 and 3 wrong and short. Which tokens will move most?
 

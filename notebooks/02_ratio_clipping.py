@@ -66,7 +66,8 @@ for name in ("grpo", "cpg", "cpgd"):
 # %% [markdown]
 # A clip ends a job that is done: a good token has risen far enough (A > 0, r > 1 + ε), a bad one has fallen far
 # enough (A < 0, r < 1 − ε). It never ends a job that went wrong. A good token at r = 0.7 has *fallen*, and is pulled
-# on; so is a bad one at r = 1.3. That is all the `min` does: it takes the pessimistic one of two numbers.
+# on; so is a bad one at r = 1.3. That is all the `min` does: it takes the pessimistic one of two numbers. For A = −1
+# and r = 1.3 they are −1.3 and, clipped, −1.2; it takes −1.3, and with it the slope.
 #
 # Where a token is free, `grpo` gives it the weight r · A and `cpg` gives it A. Where it is clipped, both give 0.
 # `cpgd` adds its drift, here with α = 1, and is 0 nowhere in this table.
@@ -190,8 +191,8 @@ assert grpo[PASSES].metrics["ratio_min"] < 0.1 < cpgd[PASSES].metrics["ratio_min
 #
 # Under CPGD the first pass leaves a ratio of 0.058, nearly as wild as GRPO's 0.040. The drift is blind in the first
 # of the pass's four updates, where every r is 1, and afterwards it can only answer what has happened. By pass 4 it
-# has: all ratios are between 0.76 and 1.58. (The 1.58 is that same token, with A < 0; it overshot. After 16 passes
-# they are between 0.71 and 1.85.)
+# has: all ratios are between 0.77 and 1.58. (The 1.58 is that same token, with A < 0; it overshot. After 16 passes
+# they are between 0.72 and 1.85.)
 #
 # ## 5. Who pushes a clipped token?
 #
@@ -272,10 +273,10 @@ for name in ("grpo", "cpgd"):
         assert not (clipped & where["any other"]).any()
 
 # %% [markdown]
-# How many are clipped differs from seed to seed, and where does not: there is not one clipped token among the rest.
-# After `7+7=` the policy is all but certain of `4`, and what is certain can hardly move. Most of the tokens in a text
-# are like that. A clip acts on the few where something is decided. In the first row 66 of all 512 tokens are clipped,
-# 13 %; of the tokens that decide, it is 66 of 118.
+# How many are clipped differs from seed to seed. Where they are does not: there is not one clipped token among the
+# rest. After `7+7=` the policy is all but certain of `4`, and what is certain can hardly move. Most of the tokens in
+# a text are like that. A clip acts on the few where something is decided. In the first row 66 of all 512 tokens are
+# clipped, 13 %; of the tokens that decide, it is 66 of 118.
 #
 # ## 7. How much of the unbounded side is there to see?
 #
@@ -300,18 +301,21 @@ for rate in (1e-4, 1e-3):
 # %% [markdown]
 # Each bracket counts, pass by pass, the tokens with A < 0 and r > 3; there is one bracket per seed.
 #
-# At the default learning rate there is none. Under GRPO no bad token got past r = 1.71, so dual clip never acts, and
-# the two are the same run. In these passes nobody is on PPO's unbounded side.
+# At the default learning rate there is none. Under GRPO no bad token got past r = 1.71 in these four passes, so dual
+# clip never acts, and the two are the same run. PPO's weight is without bound on that side, but nobody goes far
+# there.
 #
-# With ten times the learning rate one or two tokens get there, and then something else happens than the word
-# "unbounded" suggests. GRPO, whose push grows with r, has them back by the second pass. Dual clip, which is silent
-# there, leaves them there, to the end with two seeds and for three passes with the third. A push *against* a mistake
-# restores. (One or two tokens a seed are an anecdote: read it as a hint of what the factor r is not.)
+# With ten times the learning rate one or two tokens get there with most seeds, and then something else happens than
+# the word "unbounded" suggests. GRPO, whose push grows with r, has them back by the second pass. Dual clip, which is
+# silent there, leaves them there, to the end with two seeds and for three passes with the third. CPG, whose push does
+# not grow, has them back with two seeds of three. So a strong push *against* a mistake undoes it; it does not make it
+# worse. (One or two tokens a seed are an anecdote, and no more.)
 #
 # Does the factor r matter in whole runs? [Section 2 of the results](../docs/results.md#2-anatomy) has eight seeds of
-# whole runs at K = 64 updates a rollout and learning rate 1e-4: GRPO ends at an accuracy of 0.25, with dual clip at
-# 0.26, and `cpg`, without any r, at 0.25. It does not. `cpgd` ends at 0.83, and `grpo_drift`, GRPO with CPGD's drift,
-# at 0.85. What matters is whether something pulls back, and that is the subject of [notebook 3](03_kl_drift.ipynb).
+# whole runs, with K = 64 updates on each rollout and a learning rate of 1e-4: GRPO ends at an accuracy of 0.25, with
+# dual clip at 0.26, and `cpg`, without any r, at 0.25. It does not. `cpgd` ends at 0.83, and `grpo_drift`, GRPO with
+# CPGD's drift, at 0.85. What matters is whether something pulls back, and that is the subject of [notebook
+# 3](03_kl_drift.ipynb).
 #
 # ## Exercises
 #

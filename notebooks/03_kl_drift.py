@@ -44,8 +44,8 @@ ESTIMATORS = (k1, k2, k3)
 # Our policy here is a softmax over six actions, so `exact_kl` can do the sum. We move it further and further, and
 # take 100 000 samples each time.
 #
-# **Predict.** All three are about right on average. Which one is the noisiest? Which one goes wrong first when the
-# distance grows?
+# **Predict.** All three are about right on average, as long as p and q are close. Which one is the noisiest? Which
+# one goes wrong first when the distance grows?
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -375,9 +375,10 @@ plt.show()
 # The right panel is the bill. What α holds back is not only accident but also what the updates are for: at α = 10
 # there is left, by seed, 4, 10 and 17 % of the gain at α = 0. Judged by it, α = 0 is best. But the gain is measured
 # on the very answers that were trained on, so it favours whatever follows them furthest. Over whole runs ([section 3
-# of the results](../docs/results.md#3-how-large-should-the-drift-be): K = 64, G = 16, three seeds) CPGD without drift
-# ends at an accuracy of 0.15, with α = 3 at 0.76, with `auto` at 0.72, and with far too large an α nothing is
-# learned. The useful range is about tenfold, and it moves with the size of the advantages.
+# of the results](../docs/results.md#3-how-large-should-the-drift-be); another group size and other seeds than in
+# notebook 2, so the numbers differ: K = 64, G = 16, three seeds) CPGD without drift ends at an accuracy of 0.15, with
+# α = 3 at 0.76, with `auto` at 0.72, and with far too large an α nothing is learned. The useful range is about
+# tenfold, and it moves with the size of the advantages.
 #
 # ## Exercises
 #

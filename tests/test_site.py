@@ -158,6 +158,8 @@ def test_arguments_become_a_list(site):
     loss = (site / "source" / "algorithms.html").read_text()
     assert "<li><code>mask</code>: (B, T), true or 1 where a token belongs to the response" in loss
     assert "<strong>Raises</strong>" in loss
+    assert loss.count("<summary>imports</summary>") == 1
+    assert "<p>Aggregation: from a mask (B, T)" in loss  # a remark on several functions
     assert "Args:" not in "".join(read(site / "source" / "algorithms.html").text)
 
 
