@@ -171,16 +171,21 @@ def search_entries(page: Page) -> Iterator[list[str]]:
     for (start, name, heading), (end, *_) in zip(cuts, [*cuts[1:], (len(page.body), "", "")], strict=True):
         text = plain(page.body[start:end]).lower()
         if text:
-            yield [page.title, heading, page.address + (f"#{name}" if name else ""), text[:4000]]
+            yield [page.title, heading, page.address + (f"#{name}" if name else ""), text]
 
 
 def build(folder: Path) -> int:
     """Write the site, and return how many pages it has.
 
     Raises:
-        SystemExit: a page links to a file that is not there.
+        SystemExit: a page links to a file that is not there, or is not listed.
     """
     missing: list[str] = []
+    unlisted = sorted({path.stem for path in HERE.glob("*.md")} - set(PAGES))
+    if unlisted:
+        raise SystemExit(f"docs/{unlisted[0]}.md: not in PAGES of docs/build.py; add it there, with a title for the menu")
+            f"docs/{unlisted[0]}.md: not in PAGES of docs/build.py; add it there, with the title for the menu"
+        )
     site = Site()
     pages = list(pages_of(site, missing))
     if missing:

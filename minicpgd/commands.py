@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from rich.table import Table
 
@@ -98,7 +99,9 @@ def train(config: TrainConfig, resume: Path | None = None) -> None:
     """
     if resume:
         config = replace(config, output_dir=str(resume))
-    if config.model != "embedded":
+    if config.model == "embedded":
+        torch.set_num_threads(1)  # so small a model gains nothing from a second one, and waits for it on a busy machine
+    else:
         console.print(
             f"loading {config.model} and the problems of {config.task}; the hub is asked for what is not here"
         )

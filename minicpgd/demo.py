@@ -2,7 +2,7 @@
 
 K = 64 updates on every rollout (4 minibatches, 16 passes) at twice the default learning rate is far more than anyone
 recommends. It stands in for every way in which a policy can get ahead of its data.
-The setting was chosen because the difference shows at it; where else it shows, a study has to say.
+The setting was chosen because the difference shows at it; where else it shows, the studies say (`studies.py`).
 """
 
 from itertools import count

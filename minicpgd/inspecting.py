@@ -80,13 +80,13 @@ def export(
     base: Base = "dequantised",
     num_problems: int = 64,
 ) -> None:
-    """Merge a run's adapter into the full-precision weights of its model, and say how far the result is from the run.
+    """Merge a run's adapter into its model, in full precision, and say how far the result is from the run.
 
     Args:
         run: a finished run with an adapter.
         folder: where the model goes; by default the run's folder, under exported.
         base: the weights to add to. dequantised: those the run saw, rounded to 4 bit and written out in full; the
-            result answers as the run did. full: those published, a better model, for which the adapter was not made.
+            result answers as the run did. full: those published, for which the adapter was not made.
         num_problems: held-out problems that both answer.
     """
     made = folder or run / "exported"

@@ -50,7 +50,7 @@ def test_it_runs(script):
 
 @each
 def test_it_keeps_its_promises(script):
-    """What it teaches, a question before each answer, three exercises with folded solutions, a badge, seven in all."""
+    """What it teaches, a question before each answer, three exercises with folded solutions, a badge."""
     cells = build.read(script).cells
     opening = cells[0].source
     assert opening.startswith(f"# {int(script.stem[:2])}. ")
@@ -63,7 +63,12 @@ def test_it_keeps_its_promises(script):
     folded = [cell.source for cell in cells if "solution" in cell.metadata.get("tags", [])]
     assert [re.match(r"# Solution (\d)", source)[1] for source in folded] == ["1", "2", "3"]
     assert all(cell.metadata.get("jupyter", {}).get("source_hidden") for cell in cells[-3:])
-    assert len(build.SCRIPTS) == 7
+
+
+def test_every_notebook_is_listed():
+    for page in ("README.md", "docs/index.md"):
+        assert not [s.stem for s in build.SCRIPTS if f"notebooks/{s.stem}.ipynb" not in (ROOT / page).read_text()]
+    assert [int(script.stem[:2]) for script in build.SCRIPTS] == list(range(1, len(build.SCRIPTS) + 1))
 
 
 @each
