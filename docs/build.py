@@ -183,9 +183,7 @@ def build(folder: Path) -> int:
     missing: list[str] = []
     unlisted = sorted({path.stem for path in HERE.glob("*.md")} - set(PAGES))
     if unlisted:
-        raise SystemExit(f"docs/{unlisted[0]}.md: not in PAGES of docs/build.py; add it there, with a title for the menu")
-            f"docs/{unlisted[0]}.md: not in PAGES of docs/build.py; add it there, with the title for the menu"
-        )
+        raise SystemExit(f"docs/{unlisted[0]}.md: not in PAGES of docs/build.py; add it, with a title for the menu")
     site = Site()
     pages = list(pages_of(site, missing))
     if missing:
