@@ -59,7 +59,7 @@ def pages_of(site: Site, missing: list[str]) -> Iterator[Page]:
     """Every page, with its body."""
     for name, title in PAGES.items():
         page, path = Page(f"{name}.html", title, "prose", f"docs/{name}.md"), HERE / f"{name}.md"
-        place = Place(known=site.spoken(), link=linker(path, "", missing))
+        place = Place(known=site.spoken, link=linker(path, "", missing))
         text = path.read_text()
         if name == "metrics":
             text, sections = _split_metrics(text)
@@ -70,7 +70,7 @@ def pages_of(site: Site, missing: list[str]) -> Iterator[Page]:
     for path in site.notebooks:
         page = Page(f"notebooks/{path.stem}.html", _title(path), "notebook", str(path.relative_to(ROOT)))
         names = prefixed(site.scope(code_of(path)), page.root)
-        place = Place(names, prefixed(site.spoken(), page.root), linker(path, page.root, missing))
+        place = Place(names, prefixed(site.spoken, page.root), linker(path, page.root, missing))
         page.body = notebook_html(path, place)
         yield page
     for module, path in site.paths.items():
@@ -90,7 +90,7 @@ def _split_metrics(text: str) -> tuple[str, dict[str, str]]:
 
 def _metric_page(site: Site, metric: str, text: str, missing: list[str]) -> Page:
     page = Page(f"metrics/{metric}.html", metric, "prose", "docs/metrics.md")
-    known = {name: address for name, address in site.spoken().items() if name != metric}
+    known = {name: address for name, address in site.spoken.items() if name != metric}
     place = Place(known=prefixed(known, page.root), link=linker(HERE / "metrics.md", page.root, missing))
     others = " · ".join(f'<a href="{name}.html"><code>{name}</code></a>' for name in site.metrics if name != metric)
     page.body = f'{render(text, place)}<hr><p class="kind">Other metrics: {others}</p>'
@@ -116,11 +116,7 @@ def source_html(site: Site, module: str, page: Page, missing: list[str]) -> str:
     head = render(docstring_to_markdown(rest), place, level=1)
     rows = [f'<div class="module"><p class="kind">{page.title}</p>{heading}{head}</div>\n']
     for part in parts[1:]:
-        if (
-            part.code.strip()
-            and not part.name
-            and all(re.match(r"from|import|[ )]|$", line) for line in part.code.splitlines())
-        ):
+        if part.imports:
             imports = code(part.code.strip("\n"), "python", place)
             rows.append(f"<details><summary>imports</summary><pre><code>{imports}</code></pre></details>\n")
             continue
@@ -132,20 +128,15 @@ def source_html(site: Site, module: str, page: Page, missing: list[str]) -> str:
 
 def _part_html(part: Part, place: Place) -> str:
     name = part.full_name
-    defines = part.name and re.search(rf"(def|class) {part.name}\b", part.code)
-    heading = f'<h3 id="{name}"><code>{name}</code></h3>' if defines else ""
-    anchor_ = f' id="{name}"' if name and not defines else ""
-    field = " field" if part.inside and not defines else ""
-    field += " long" if max(map(len, part.code.splitlines()), default=0) > 125 else ""
+    anchors = "".join(f'<a id="{other}"></a>' for other in [name, *part.also] if other)
+    if part.defines:
+        anchors = f'<h3 id="{name}"><code>{name}</code></h3>' + anchors.removeprefix(f'<a id="{name}"></a>')
+    kind = " field" if part.inside and not part.defines else ""
+    kind += " long" if not part.code.strip() or max(map(len, part.code.splitlines())) > 125 else ""
     said = render(docstring_to_markdown(part.prose), place, level=2) if part.prose else ""
-    if not part.code.strip():
-        return f'<section class="part long"><div class="said">{said}</div></section>\n'
-    anchor_ += "".join(f'><a id="{other}"></a' for other in part.also)
     shown = code(textwrap.dedent(part.code).strip("\n"), "python", place)
-    return (
-        f'<section class="part{field}"{anchor_}><div class="said">{heading}{said}</div>'
-        f'<pre tabindex="0"><code>{shown}</code></pre></section>\n'
-    )
+    listed = f'<pre tabindex="0"><code>{shown}</code></pre>' if shown else ""
+    return f'<section class="part{kind}"><div class="said">{anchors}{said}</div>{listed}</section>\n'
 
 
 def navigation(site: Site, page: Page) -> str:

@@ -24,7 +24,7 @@ from minicpgd.outcome import outcome
 from minicpgd.plots.metrics import UNITS, Traces, load_metric
 from minicpgd.runlog import load_run, load_timings
 from minicpgd.stats import share
-from minicpgd.summary import SUMMARIES
+from minicpgd.summary import SUMMARIES, percent
 from minicpgd.warning import fall_step
 
 ROOT = Path(__file__).parent.parent
@@ -166,8 +166,7 @@ def metric_summary() -> pd.DataFrame:
 def _share(which: pd.Series) -> str:
     if not len(which):
         return "none"
-    value, low, high = (f"{100 * x:.0f}" for x in share(which.sum(), len(which)))
-    return f"{value} % [{low}, {high}]"
+    return percent(share(which.sum(), len(which)))
 
 
 def _number(value: float) -> str:

@@ -107,12 +107,16 @@ def fit(signal: str, traces: list[Trace]) -> Rule:
     return max(candidates, key=gain)
 
 
+def load_studies(there: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs of some studies' folders, each once, by name; and all their steps, step 0 being before training."""
+    runs = pd.concat([pd.read_csv(folder / "study.csv") for folder in there]).drop_duplicates("run").set_index("run")
+    steps = pd.concat([pd.read_csv(folder / "steps.csv.gz") for folder in there]).drop_duplicates(["run", "step"])
+    return runs, steps
+
+
 def load_traces(there: list[Path]) -> tuple[list[Trace], list[Trace]]:
     """The runs of some studies' folders, each once: those with even seeds, and those with odd ones."""
-    outcomes = (
-        pd.concat([pd.read_csv(folder / "study.csv") for folder in there]).drop_duplicates("run").set_index("run")
-    )
-    steps = pd.concat([pd.read_csv(folder / "steps.csv.gz") for folder in there]).drop_duplicates(["run", "step"])
+    outcomes, steps = load_studies(there)
     steps["clip_frac"] = steps["clip_frac_pos"] + steps["clip_frac_neg"]
     halves: tuple[list[Trace], list[Trace]] = ([], [])
     for run, rows in steps.groupby("run", sort=True):

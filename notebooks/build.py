@@ -18,6 +18,7 @@ import io
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,13 +31,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 HERE = Path(__file__).parent
 SCRIPTS = sorted(HERE.glob("[0-9][0-9]_*.py"))
-REPOSITORY = "minicpgd/minicpgd"  # on GitHub, for Colab
+ADDRESS = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+REPOSITORY = ADDRESS.removeprefix("https://github.com/")  # for Colab
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{}/blob/main/notebooks/{}.ipynb)"
 SET_UP = f"""\
 import importlib.util
 
 if importlib.util.find_spec("minicpgd") is None:  # on Colab, say; where minicpgd is installed, this does nothing
-    !git clone --quiet --depth 1 https://github.com/{REPOSITORY}
+    !git clone --quiet --depth 1 {ADDRESS}
     %pip install --quiet -e "./{REPOSITORY.split("/")[1]}[qlora]"
     %cd {REPOSITORY.split("/")[1]}/notebooks
 

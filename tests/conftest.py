@@ -1,6 +1,8 @@
 """What tests share: no network, a skip for what needs a GPU, the embedded policy, and small runs."""
 
+import importlib.util
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # small batches gain nothing from more, and busy machines lose much
@@ -21,6 +23,15 @@ SMALL = {
     "eval_problems": 8,
     "num_minibatches": 2,
 }
+
+
+def load_script(path):
+    """A script that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_collection_modifyitems(items):

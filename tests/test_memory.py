@@ -1,6 +1,5 @@
 """What memory.py predicts, against published sizes, formulas done by hand, and what the allocator handed out."""
 
-import importlib.util
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import load_script
 from transformers import AutoConfig
 
 from minicpgd import TrainConfig, UserError, memory, planning, plots, rehearsal
@@ -17,9 +17,7 @@ from minicpgd.ladder import fits
 from minicpgd.memory import GIB, kv_cache, predict
 
 ROOT = Path(__file__).parent.parent
-_spec = importlib.util.spec_from_file_location("benchmarks_memory", ROOT / "benchmarks" / "memory.py")
-benchmark = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(benchmark)
+benchmark = load_script(ROOT / "benchmarks" / "memory.py")
 
 PUBLISHED = {
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,

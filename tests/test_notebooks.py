@@ -1,17 +1,15 @@
 """The notebooks: they are what their scripts say, they run, and they keep their promises to a reader."""
 
 import ast
-import importlib.util
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import load_script
 
 ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("notebooks_build", ROOT / "notebooks" / "build.py")
-build = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(build)
+build = load_script(ROOT / "notebooks" / "build.py")
 
 each = pytest.mark.parametrize("script", build.SCRIPTS, ids=lambda script: script.stem)
 
@@ -38,7 +36,7 @@ def test_what_is_published_ran_without_error_or_warning(script):
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert not code[0].outputs  # the set-up does nothing where minicpgd is installed
     shown = "".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in outputs)
-    assert not re.search(r"0x[0-9a-f]{8}|/home/|/root/|/tmp/|site-packages", shown)
+    assert not re.search(r"0x[0-9a-f]{8}|/[a-z]+/|site-packages", shown)  # no address, no folder of any machine
 
 
 @each

@@ -1,6 +1,5 @@
 """What is published can be remade: figures from committed logs, commands and files that exist."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import load_script
 
 from minicpgd import ALGORITHMS, load_run
 from minicpgd.config import TrainConfig
@@ -22,9 +22,7 @@ from minicpgd.summary import SUMMARIES, borne_rate, display_name
 from minicpgd.warning import warning_study
 
 ROOT = Path(__file__).parent.parent
-_spec = importlib.util.spec_from_file_location("docs_results", ROOT / "docs" / "results.py")
-results = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(results)
+results = load_script(ROOT / "docs" / "results.py")
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 

@@ -1,6 +1,5 @@
 """The site: every page is there, every link leads somewhere, no LaTeX is left, nothing of the source is lost."""
 
-import importlib.util
 import io
 import json
 import re
@@ -12,12 +11,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("site_build", ROOT / "docs" / "build.py")
-build = importlib.util.module_from_spec(SPEC)
-sys.modules["site_build"] = build  # its dataclasses look themselves up
-SPEC.loader.exec_module(build)
+build = load_script(ROOT / "docs" / "build.py")
 annotated = sys.modules["source"]
 
 
@@ -152,6 +149,12 @@ def test_names_lead_to_their_definitions(site):
     assert 'href="../source/plots.tokens.html#token_text"' in notebook  # not where it is passed on
     assert 'href="metrics/kl_old.html"' in (site / "metrics.html").read_text()
     assert 'id="TrainConfig.num_iterations"' in (site / "source" / "config.html").read_text()
+
+
+def test_prose_stands_on_the_left_and_code_on_the_right(site):
+    for page in (site / "source").iterdir():
+        openings = re.findall(r'<section class="part[^"]*">(<div class="said">)?', page.read_text())
+        assert all(openings), page.name  # anything else would be a cell of the grid
 
 
 def test_arguments_become_a_list(site):

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from prose import Place, anchor, listing, render
@@ -10,6 +11,7 @@ from prose import Place, anchor, listing, render
 BADGE = re.compile(r"\[!\[([^]]+)\]\([^)]+\)\]")  # a picture that only the network has; its words will do
 
 
+@cache
 def cells_of(path: Path) -> list[dict]:
     """The cells as the file has them, each source as one text."""
     cells = json.loads(path.read_text())["cells"]

@@ -9,7 +9,8 @@ from source import definitions, imported, module_name, parts_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = ROOT / "minicpgd"
-REPOSITORY = "https://github.com/minicpgd/minicpgd"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+REPOSITORY = PROJECT["project"]["urls"]["Repository"]
 
 
 class Site:
@@ -23,7 +24,9 @@ class Site:
         self.notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
         self.metrics = re.findall(r"^## `(\w+)`", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE)
         self.defined = {name: set(definitions(parts)) for name, parts in self.parts.items()}
+        self.imports = {name: list(imported(text)) for name, text in self.sources.items()}
         self.known = self._known()
+        self.spoken = self._spoken()
 
     def _known(self) -> dict[str, str]:
         """Every name that means one thing only, and its address; the names of files, too."""
@@ -38,7 +41,7 @@ class Site:
             known |= dict.fromkeys(files, source_page(module))
         return known | {path.name: f"notebooks/{path.stem}.html" for path in self.notebooks}
 
-    def spoken(self) -> dict[str, str]:
+    def _spoken(self) -> dict[str, str]:
         """For prose, where a bare word is a setting or a metric: `known`, and those."""
         settings = [name for name in self.defined["config"] if name.startswith("TrainConfig.")]
         known = self.known | {name.partition(".")[2]: f"{source_page('config')}#{name}" for name in settings}
@@ -51,7 +54,7 @@ class Site:
         below = f"{module}.{name}".strip(".")
         if below in self.parts:
             return source_page(below)
-        for here, origin, there in imported(self.sources.get(module, "")):
+        for here, origin, there in self.imports.get(module, ()):
             if here == name and (origin, there) != (module, name):
                 return self.resolve(origin, there)
         return None
@@ -65,7 +68,7 @@ class Site:
                 names[here] = found
             below = f"{origin}.{there}".strip(".")
             if below in self.parts:  # a module: its names, with a dot
-                inside = self.defined[below] | {alias for alias, *_ in imported(self.sources[below])}
+                inside = self.defined[below] | {alias for alias, *_ in self.imports[below]}
                 names |= {f"{here}.{name}": at for name in inside if (at := self.resolve(below, name))}
         if module is not None:
             names |= {name: f"{source_page(module)}#{name}" for name in self.defined[module]}
@@ -74,7 +77,7 @@ class Site:
 
 def _floor() -> Callable[[str], tuple[int, str]]:
     """Modules from the ground up, as the import contract in pyproject.toml has them; the package's own first."""
-    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    contract = PROJECT["tool"]["importlinter"]["contracts"][0]
     layers = [layer.removeprefix("minicpgd.") for layer in reversed(contract["layers"])]
     order = {name: number for number, name in enumerate(layers)}
     return lambda name: (order.get(name.split(".")[0], -1 if not name else len(order)), name)

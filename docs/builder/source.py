@@ -29,6 +29,17 @@ class Part:
         """`Learner.step`; empty where nothing is defined."""
         return f"{self.inside}.{self.name}" if self.inside else self.name
 
+    @property
+    def defines(self) -> bool:
+        """Is it a function or a class?"""
+        return bool(self.name and re.search(rf"^\s*(def|class) {self.name}\b", self.code, flags=re.MULTILINE))
+
+    @property
+    def imports(self) -> bool:
+        """Is it nothing but imports?"""
+        lines = self.code.splitlines()
+        return bool(self.code.strip()) and not self.name and all(re.match(r"from\b|import\b|[ )]|$", x) for x in lines)
+
 
 def module_name(path: Path, package: Path) -> str:
     """`plots.runs` for minicpgd/plots/runs.py, `plots` for its __init__.py, and "" for the package's own."""
@@ -56,11 +67,10 @@ def parts_of(source: str) -> list[Part]:
 def _goes_with(part: Part, before: list[Part]) -> bool:
     """Statements of which nothing is said stand together; a class's fields with its head."""
     last = before[-1]
-    silent = not part.prose and not re.search(rf"^\s*(def|class) {part.name}\b", part.code, flags=re.MULTILINE)
+    silent = not part.prose and not part.defines
     if part.inside:
         return silent and part.inside in (last.inside, last.name) and "def " not in last.code
-    imports = [bool(re.match(r"from|import", p.code.strip())) for p in (part, last)]
-    return silent and len(before) > 1 and not last.prose and not last.inside and imports[0] == imports[1]
+    return silent and len(before) > 1 and not last.prose and not last.inside and part.imports == last.imports
 
 
 def _cut(node: ast.stmt, lines: list[str], after: int, inside: str = "") -> Iterator[Part]:

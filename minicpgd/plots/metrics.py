@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from minicpgd.algorithms import ALGORITHMS
 from minicpgd.plots.style import look, styled
-from minicpgd.warning import fall_step
+from minicpgd.warning import fall_step, load_studies
 
 LOOKED_AT = ("map", "anatomy", "fair")
 UNITS = {
@@ -66,9 +66,7 @@ class Traces(NamedTuple):
 @cache
 def _tables(studies: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs, each once, and all their steps."""
-    there = [studies / name for name in LOOKED_AT]
-    runs = pd.concat([pd.read_csv(folder / "study.csv") for folder in there]).drop_duplicates("run").set_index("run")
-    steps = pd.concat([pd.read_csv(folder / "steps.csv.gz") for folder in there]).drop_duplicates(["run", "step"])
+    runs, steps = load_studies([studies / name for name in LOOKED_AT])
     runs["drift"] = runs["algorithm"].map(lambda name: ALGORITHMS[name].drift)
     runs["fall"] = steps.groupby("run")["reward"].apply(lambda reward: fall_step(reward.to_numpy()))
     return runs, steps[steps["step"] > 0]
