@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
-from minicpgd.qlora import add_adapter, check_widths, choose_dtype, keep_as_loaded, load_adapter, nf4
+from minicpgd.qlora import add_adapter, check_widths, checkpoint_layers, choose_dtype, keep_as_loaded, load_adapter, nf4
 
 EMBEDDED = Path(str(files("minicpgd") / "embedded"))
 
@@ -179,7 +179,7 @@ def load_policy(
         _disable_dropout(model)
     copied = copy.deepcopy(model).requires_grad_(False).eval() if with_reference and not frozen else None
     if gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     if adapter:
         model = _with_adapter(model, adapter)
     elif lora_r:

@@ -134,6 +134,13 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         return _extra("peft").PeftModel.from_pretrained(model, folder)
 
 
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Have each layer's activations computed again in the backward pass, instead of kept."""
+    # transformers 5.10, the newest that verl 0.9.1 allows, has it under its old name alone
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def make_optimizer(
     name: str, parameters: Iterable[Tensor], learning_rate: float, *, adapter: bool, device: torch.device
 ) -> torch.optim.Optimizer:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 
 from minicpgd.config import TrainConfig
 from minicpgd.logprobs import position_ids
-from minicpgd.qlora import add_adapter
+from minicpgd.qlora import add_adapter, checkpoint_layers
 
 
 class Bytes(NamedTuple):
@@ -61,7 +61,7 @@ def shape_of(model_config: PretrainedConfig, config: TrainConfig, dtype: torch.d
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
         if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
         if config.lora_r:
             modules = config.lora_target_modules
             model = add_adapter(

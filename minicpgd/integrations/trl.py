@@ -1,0 +1,248 @@
+r"""The same objectives on TRL's engine: `CPGDTrainer` is TRL's GRPOTrainer with our advantages and our loss.
+
+    trainer = CPGDTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        reward_funcs=my_reward,
+        train_dataset=my_dataset,
+        args=CPGDConfig(algorithm="cpgd", drift_coef="auto", num_iterations=4),
+    )
+    trainer.train()
+
+Everything else is TRL's and is told to TRL: several GPUs (accelerate, FSDP, DeepSpeed), vLLM, adapters, 4 bit, chat
+templates, tools, logging, checkpoints. What TRL calls by another name:
+
+| here | in TRL |
+|---|---|
+| `num_prompts` * `num_generations` | `generation_batch_size`, over all processes |
+| `num_minibatches` | `steps_per_generation` / `gradient_accumulation_steps` |
+| K, updates per rollout | `num_iterations` * `steps_per_generation` / `gradient_accumulation_steps` |
+| `micro_batch_size` | `per_device_train_batch_size` |
+
+In: a reward function and a dataset, as GRPOTrainer takes them. Out: what GRPOTrainer leaves, and in its log, beside its
+own metrics, `kl_old`, `ratio_min`, `ratio_max`, `clip_frac_pos`, `clip_frac_neg`, and `drift_coef`. You may change
+every field of `CPGDConfig` but those in `NOT_OURS`, which only TRL's own losses read. Needs the extra `trl`.
+
+`launch.py` beside this file starts it on our tasks from the command line.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minicpgd.advantages import WEIGHTS
+from minicpgd.algorithms import AGGREGATIONS, ALGORITHMS, LossOutput, auto_drift_coef
+from minicpgd.divergence import k3
+from minicpgd.errors import ConfigError, UserError, did_you_mean
+from minicpgd.surrogates import LEVELS
+
+try:
+    from trl import GRPOConfig, GRPOTrainer
+except ImportError as error:
+    raise UserError(
+        f"minicpgd.integrations.trl needs TRL 1.16 or newer: pip install 'minicpgd[trl]' ({error})"
+    ) from error
+
+NOT_OURS = {
+    "loss_type": "algorithm and aggregation",
+    "importance_sampling_level": "importance_level",
+    "scale_rewards": "advantage_weight",
+    "multi_objective_aggregation": "a sum of rewards, by reward_weights",
+    "delta": "algorithm='grpo_dual_clip'",
+    "top_entropy_quantile": "all tokens",
+    "entropy_coef": "no entropy bonus",
+    "use_adaptive_entropy": "no entropy bonus",
+    "off_policy_mask_threshold": "the drift",
+    "use_bias_correction_kl": "beta",
+}  # a field of TRL's: what stands in its place
+
+
+@dataclass
+class CPGDConfig(GRPOConfig):
+    """TRL's GRPOConfig and six fields of ours, which mean what they mean in `minicpgd.TrainConfig`.
+
+    Raises:
+        ConfigError: a field of ours is wrong, or one of TRL's is set that our losses would not read.
+    """
+
+    algorithm: str = field(default="cpgd", metadata={"help": "A row of minicpgd's table."})
+    drift_coef: str = field(default="auto", metadata={"help": "Alpha: a number, or auto for max |A| of each rollout."})
+    drift_clip: float = field(default=2.0, metadata={"help": "The largest slope of the drift, c."})
+    advantage_weight: str | None = field(default=None, metadata={"help": "equal, std or clip_filter; None: the row's."})
+    aggregation: str | None = field(
+        default=None, metadata={"help": "sequence_mean, token_mean or constant; None: the row's."}
+    )
+    importance_level: str | None = field(
+        default=None, metadata={"help": "token, sequence or sequence_mean: where the ratio is taken; None: the row's."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("algorithm", ALGORITHMS),
+            ("advantage_weight", WEIGHTS),
+            ("aggregation", AGGREGATIONS),
+            ("importance_level", LEVELS),
+        ):
+            value = getattr(self, name)
+            if value not in known and not (value is None and name != "algorithm"):
+                raise ConfigError(
+                    f"{name} = {value!r}: {did_you_mean(str(value), known)}choose from {', '.join(known)}"
+                )
+        if self.drift_coef != "auto" and not _is_at_least_0(self.drift_coef):
+            raise ConfigError(f"drift_coef = {self.drift_coef!r}: it has to be auto, or a number that is at least 0")
+        if not self.drift_clip > 0:
+            raise ConfigError(f"drift_clip = {self.drift_clip}: it has to be more than 0")
+        for theirs in fields(GRPOConfig):
+            if theirs.name in NOT_OURS and getattr(self, theirs.name) != theirs.default:
+                raise ConfigError(f"{theirs.name}: only TRL's own losses read it; here it is {NOT_OURS[theirs.name]}")
+        super().__post_init__()
+
+
+class CPGDTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer, with the advantages and the loss of a row of `minicpgd.ALGORITHMS`.
+
+    Takes what GRPOTrainer takes, and a `CPGDConfig`. Any number of processes and any cut into micro-batches gives the
+    gradient of one process with one batch, to rounding.
+
+    Raises:
+        ConfigError: `args` is no CPGDConfig, or has `beta` with a row that pays it in the reward, at one update per
+            rollout (there TRL keeps no log-probabilities of the policy that sampled).
+    """
+
+    args: CPGDConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # GRPOTrainer's own, which checks them
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, CPGDConfig):
+            raise ConfigError(f"args is a {type(self.args).__name__}: CPGDTrainer takes a CPGDConfig")
+        self.algorithm = ALGORITHMS[self.args.algorithm]
+        self.drift_coef = 1.0 if self.args.drift_coef == "auto" else float(self.args.drift_coef)
+        self._rewards: Tensor  # (B of all processes, reward functions), as they were just given
+        self._scored: tuple[
+            Tensor, Tensor, Tensor | None
+        ]  # what TRL just asked the model: log-probs, entropy, aux loss
+        self._counted: tuple[list, Tensor] = ([], torch.empty(0))  # a rollout's micro-batches, and the tokens in each
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        self._scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return self._scored
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout, with our advantages in it: computed from all processes' rewards, the same on each."""
+        made = super()._generate_and_score_completions(inputs)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        if group == 1 and not self.model.training:
+            return made  # one response to a prompt, in an evaluation: TRL's advantages are 0
+        scored = ~self._rewards.isnan().all(dim=1)
+        rewards = (self._rewards * self.reward_weights.to(self._rewards)).nansum(dim=1)
+        if self.beta and self.algorithm.reference_kl == "reward":
+            if "old_per_token_logps" not in made:
+                raise ConfigError(
+                    f"beta = {self.beta}: {self.algorithm.name} pays it in the reward, for which TRL keeps what is "
+                    "needed only where num_iterations * steps_per_generation > gradient_accumulation_steps"
+                )
+            penalty = ((made["old_per_token_logps"] - made["ref_per_token_logps"]) * _mask(made)).sum(dim=1)
+            rewards = rewards - self.beta * self.accelerator.gather(penalty)
+        grouped, known = rewards.view(-1, group), scored.view(-1, group)
+        mean = (grouped * known).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
+        lengths = self.accelerator.gather(_mask(made).sum(dim=1)).view(-1, group)
+        advantages = self.algorithm.advantages(  # a response that no reward function scored stands at its group's mean
+            torch.where(known, grouped, mean), lengths, advantage_weight=self.args.advantage_weight
+        )
+        advantages = torch.where(known, advantages, 0.0).flatten()
+        if self.args.drift_coef == "auto" and self.model.training:
+            self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+        local = len(made["advantages"])
+        return made | {"advantages": advantages[self.accelerator.process_index * local :][:local]}
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's next micro-batch, with its share of the optimizer step that it belongs to.
+
+        `share` is 1 / micro-batches for a mean over responses. For a mean over tokens it is the tokens here / those of
+        the optimizer step, times the number of processes, over which gradients are averaged.
+        """
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            return inputs | {"share": 1.0}
+        if (self.args.aggregation or self.algorithm.aggregation) != "token_mean":
+            return inputs | {"share": 1 / self.current_gradient_accumulation_steps}
+        if self._counted[0] is not self._buffered_inputs:
+            counts = torch.stack([_mask(batch).sum() for batch in self._buffered_inputs]).float()
+            self._counted = self._buffered_inputs, self.accelerator.reduce(counts, reduction="sum")
+        _, counts = self._counted
+        together, here = self.args.gradient_accumulation_steps, self._step % len(counts)
+        if len(counts) % together == 0:
+            first = here // together * together
+            tokens = counts[first : first + together].sum()
+        else:  # the step reaches into a rollout that is not made yet: take it to be like this one
+            tokens = counts.mean() * together
+        return inputs | {"share": _mask(inputs).sum() * self.accelerator.num_processes / tokens.clamp(min=1)}
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Our loss, of the log-probabilities that TRL has just computed for its own.
+
+        TRL's loss is computed, for its metrics, and dropped: no copy of its code to keep in step.
+        """
+        super()._compute_loss(model, inputs)
+        logp, _, aux_loss = self._scored
+        mask, old_logp = _mask(inputs), inputs.get("old_per_token_logps")
+        weights = self.algorithm.token_weights(mask, self.max_completion_length, self.args.aggregation)
+        if "importance_sampling_ratio" in inputs:  # what vLLM sampled with, against what is trained
+            weights = weights * inputs["importance_sampling_ratio"]
+        output = self.algorithm.loss(
+            logp,
+            logp.detach() if old_logp is None else old_logp,  # one update per rollout: this is the policy that sampled
+            inputs["advantages"],
+            mask,
+            epsilon=self.args.epsilon,
+            epsilon_high=self.args.epsilon_high,
+            drift_coef=self.drift_coef,
+            drift_clip=self.args.drift_clip,
+            beta=self.beta,
+            ref_logp=inputs.get("ref_per_token_logps"),
+            importance_level=self.args.importance_level,
+            token_weights=weights * inputs["share"],
+        )
+        self._log_ours(output)
+        if not self.aux_loss_enabled:
+            return output.loss
+        share = 1 / self.current_gradient_accumulation_steps if self.model.training else 1.0
+        return output.loss + share * self.router_aux_loss_coef * aux_loss
+
+    def _log_ours(self, output: LossOutput) -> None:
+        """Our metrics over all processes: means over tokens, and the extremes."""
+        d = output.log_ratio[output.mask].double()
+        clipped, positive = output.clipped[output.mask], output.advantages[output.mask] > 0
+        sums = [d.new_tensor(len(d)), k3(d).sum(), (clipped & positive).sum(), (clipped & ~positive).sum()]
+        count, *totals = self.accelerator.reduce(torch.stack([s.double() for s in sums]), reduction="sum").tolist()
+        ends = torch.stack([-d.amin(), d.amax()]) if len(d) else d.new_zeros(2)
+        low, high = self.accelerator.gather(ends[None]).amax(dim=0).exp().tolist()
+        names = ("kl_old", "clip_frac_pos", "clip_frac_neg")
+        metrics = {name: total / max(count, 1) for name, total in zip(names, totals, strict=True)}
+        metrics |= {"ratio_min": 1 / low, "ratio_max": high}
+        if self.algorithm.drift:
+            metrics["drift_coef"] = self.drift_coef
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+
+def _mask(inputs: dict[str, Any]) -> Tensor:
+    """(B, T), 1 where a token was written by the policy: not padding, and not a tool's answer."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def _is_at_least_0(value: Any) -> bool:
+    try:
+        return 0 <= float(value) < float("inf")
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,87 @@
+"""Trains with CPGDTrainer in one or two processes, for test_trl.py; not a test itself.
+
+    torchrun --nproc_per_node 2 tests/ranks.py FOLDER     # samples, and leaves behind what was sampled
+    python tests/ranks.py FOLDER                          # trains on that: the same global batch in one process
+
+Each job in `JOBS` leaves in FOLDER: the responses of each rank, its final parameters, and the log. Replaying them is what
+makes two runs comparable: random numbers differ by process, and a loss to 1e-4 wants the same responses.
+"""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from minicpgd.integrations.trl import CPGDConfig, CPGDTrainer
+from minicpgd.policy import EMBEDDED, quiet
+from minicpgd.tasks import get_task
+
+PROCESSES = 2
+JOBS = {
+    "cpgd": {"learning_rate": 1e-4, "num_iterations": 4, "max_steps": 48},
+    "dapo": {"learning_rate": 1e-4, "num_iterations": 2, "max_steps": 4},  # a mean over tokens: ranks have unlike shares
+}
+
+
+class Recorded(CPGDTrainer):
+    """Keeps what it samples or, where there are responses to replay, takes those."""
+
+    replayed: list | None = None
+
+    def _generate_single_turn(self, prompt_ids, *rest, **more):
+        if self.replayed is None:
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *rest, **more)
+        else:
+            (expected, completion_ids), logprobs = self.replayed.pop(0), None
+            assert prompt_ids == expected, "another order of prompts"
+        self.recorded = [*getattr(self, "recorded", []), (prompt_ids, completion_ids)]
+        return completion_ids, logprobs
+
+
+def train(name: str, folder: Path, rank: int, world: int) -> None:
+    """One job; a single process takes its batch in as many micro-batches as there were processes."""
+    task = get_task("chain_arithmetic")
+    trainer = Recorded(
+        model=str(EMBEDDED),
+        reward_funcs=task.reward,
+        args=CPGDConfig(
+            algorithm=name,
+            output_dir=str(folder / "trl"),
+            per_device_train_batch_size=256 // PROCESSES,
+            gradient_accumulation_steps=PROCESSES // world,
+            num_generations=16,
+            max_completion_length=64,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            **JOBS[name],
+        ),
+        train_dataset=Dataset.from_list(task.sample(512, random.Random(0))),
+        processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
+    )
+    if world == 1:
+        ranks = [json.loads((folder / f"{name}-responses-{rank}.json").read_text()) for rank in range(PROCESSES)]
+        trainer.replayed = [[a + b for a, b in zip(*turn, strict=True)] for turn in zip(*ranks, strict=True)]
+    trainer.train()
+    if world > 1:
+        (folder / f"{name}-responses-{rank}.json").write_text(json.dumps(trainer.recorded))
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    torch.save(unwrapped.state_dict(), folder / f"{name}-parameters-{rank}-of-{world}.pt")
+    if rank == 0:
+        (folder / f"{name}-log-{world}.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    quiet()
+    torch.set_num_threads(1)
+    for job in JOBS:
+        train(job, Path(sys.argv[1]), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
