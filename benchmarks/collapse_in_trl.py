@@ -4,12 +4,12 @@
     python benchmarks/collapse_in_trl.py --seeds 0 1 2 3  # one more seed; the runs that are there are kept
 
 The embedded model and its task, 16 rollouts of 8 prompts x 16 responses, 64 updates on each (4 minibatches, 16 passes),
-at two learning rates, held constant. Everything else is at its default or alike: Adam without decay, gradients clipped at
-norm 1, ratios clipped to 1 +- 0.2, tokens averaged per response. Each run draws its own problems and responses:
-what is compared is what becomes of the runs.
+at two learning rates, held constant. All else is at its default or alike: Adam without decay, gradients clipped at norm
+1, ratios clipped to 1 +- 0.2, tokens averaged per response. Each run draws its own problems and responses: what is
+compared is what becomes of the runs.
 
 Writes benchmarks/results/collapse_in_trl.csv, a line per rollout, the last of each run with the greedy accuracy on 256
-held-out problems, and docs/figures/collapse_in_trl.png.
+held-out problems, and docs/figures/peers/collapse_in_trl.png.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from minicpgd.progress import Bars
 from minicpgd.tasks import get_task
 
 RESULTS = Path(__file__).parent / "results" / "collapse_in_trl.csv"
-FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "collapse_in_trl.png"
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "peers" / "collapse_in_trl.png"
 PROMPTS, RESPONSES, ROLLOUTS, PASSES, MINIBATCHES, LONGEST = 8, 16, 16, 16, 4, 64
 KEYS = ["learning_rate", "algorithm", "loop", "seed"]
 RUNS = {
@@ -144,8 +144,8 @@ def draw(table: pd.DataFrame) -> Figure:
                     )
             axis.set(title=f"{algorithm.upper()}, learning rate {rate:g}", ylim=(0, 1.02))
         line[0].set_ylabel("mean reward of a response")
-    for axis in axes[0]:
-        axis.legend(loc="lower right", handlelength=3)
+    for axis, empty in zip(axes[0], ("upper right", "lower right"), strict=True):
+        axis.legend(loc=empty, handlelength=3)
     for axis in axes[-1]:
         axis.set_xlabel("rollout (64 updates on each)")
     return figure

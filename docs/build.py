@@ -31,6 +31,8 @@ PAGES = {
     "teaching": "A lesson in forty minutes",
     "results": "How hard can it be pushed?",
     "qlora": "A real model on your card",
+    "scale": "From this laptop to a cluster",
+    "peers": "Beside the peers",
     "metrics": "Every metric",
     "glossary": "Glossary",
     "exam": "Twenty questions",

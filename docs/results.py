@@ -5,7 +5,7 @@ In a page, a number stands between marks that say where it comes from, and so do
     <!--map | CPGD | healthy share of the map-->58 % [50, 67]<!--/-->      a cell: study | row | column
     <!--map-->...<!--/-->                                                  the whole summary of a study
     <!--made-->...<!--/-->                                                 what each study took
-    <!--merging-->...<!--/-->, memory, generation                          a benchmark, from benchmarks/results/
+    <!--merging-->...<!--/-->, memory, generation, vs_trl, ...             a benchmark, from benchmarks/results/
     <!--metrics | kl_old | healthy-->0.05<!--/-->                          what a metric was before a collapse
     <!--metrics-->...<!--/-->                                              the same of all metrics
 """
@@ -28,7 +28,7 @@ from minicpgd.summary import SUMMARIES, percent
 from minicpgd.warning import fall_step
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "qlora.md", ROOT / "docs" / "metrics.md"]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("results", "qlora", "metrics", "peers")]
 TIMINGS = {
     "rollout_seconds": "s",
     "update_seconds": "s",
@@ -109,6 +109,43 @@ def _percent(share: float) -> str:
 def generation() -> pd.DataFrame:
     """Sampling, ours and transformers'."""
     return pd.read_csv(ROOT / "benchmarks" / "results" / "generation.csv", dtype=str)
+
+
+def collapse_in_trl() -> pd.DataFrame:
+    """Where each run ended, in our loop and in TRL's: a column per seed."""
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "collapse_in_trl.csv").dropna(subset="eval_accuracy")
+    index = ["learning_rate", "algorithm", "loop"]
+    ends = table.pivot(index=index, columns="seed", values="eval_accuracy")
+    rows = pd.DataFrame(
+        {
+            "learning rate": ends.index.get_level_values("learning_rate").map("{:g}".format),
+            "algorithm": ends.index.get_level_values("algorithm").str.upper(),
+            "loop": ends.index.get_level_values("loop").map({"minicpgd": "ours", "trl": "TRL's"}),
+        }
+    )
+    for seed in ends.columns:
+        rows[f"seed {seed}"] = ends[seed].map("{:.2f}".format).to_numpy()
+    return rows.assign(mean=ends.mean(axis=1).map("{:.2f}".format).to_numpy())
+
+
+def vs_trl() -> pd.DataFrame:
+    """Our step beside TRL's: medians over the rounds, and what share of TRL's ours takes."""
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "vs_trl.csv")
+    medians = table.groupby(["size", "device", "by"]).median(numeric_only=True)
+    rows = []
+    for (size, device), pair in medians.groupby(["size", "device"]):
+        pair = pair.droplevel(["size", "device"])
+        for loop, row in (("ours", pair.loc["minicpgd"]), ("TRL's", pair.loc["trl"])):
+            told = {"model": size, "loop": loop, "s per step": f"{row['seconds']:.2f}"}
+            told |= {name: f"{row[name]:.2f}" for name in ("rollout", "scoring", "update")}
+            told |= {"tokens / s": f"{row['tokens_per_second']:,.0f}", "peak, MiB": f"{row['peak_mib']:,.0f}"}
+            rows.append(told | {"reward": f"{row['reward_first']:.2f} to {row['reward_last']:.2f}", "on": device})
+        share = pair.loc["minicpgd"] / pair.loc["trl"]
+        told = {"model": size, "loop": "**ours / TRL's**", "s per step": f"**{share['seconds']:.2f}**"}
+        told |= {name: f"{share[name]:.2f}" for name in ("rollout", "scoring", "update")}
+        told |= {"tokens / s": f"{share['tokens_per_second']:.2f}", "peak, MiB": f"**{share['peak_mib']:.2f}**"}
+        rows.append(told | {"reward": "", "on": ""})
+    return pd.DataFrame(rows)
 
 
 def metrics() -> pd.DataFrame:
@@ -197,7 +234,7 @@ def _demo_timings(name: str) -> Traces:
     return Traces(table[well], table[list(fell)], pd.Series(fell), drift)
 
 
-BENCHMARKS = {"made": made, "merging": merging, "memory": memory, "generation": generation}
+BENCHMARKS = {function.__name__: function for function in (made, merging, memory, generation, collapse_in_trl, vs_trl)}
 TABLES = BENCHMARKS | {"metrics": metric_summary}
 
 

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 tests/ranks.py FOLDER     # samples, and leaves behind what was sampled
     python tests/ranks.py FOLDER                          # trains on that: the same global batch in one process
 
-Each job in `JOBS` leaves in FOLDER: the responses of each rank, its final parameters, and the log. Replaying them is what
-makes two runs comparable: random numbers differ by process, and a loss to 1e-4 wants the same responses.
+Each job in `JOBS` leaves in FOLDER the responses of each rank, its final parameters, and the log. They are replayed so
+that two runs can be compared: random numbers differ by process, and a loss to 1e-4 wants the same responses.
 """
 
 import json
@@ -24,7 +24,11 @@ from minicpgd.tasks import get_task
 PROCESSES = 2
 JOBS = {
     "cpgd": {"learning_rate": 1e-4, "num_iterations": 4, "max_steps": 48},
-    "dapo": {"learning_rate": 1e-4, "num_iterations": 2, "max_steps": 4},  # a mean over tokens: ranks have unlike shares
+    "dapo": {
+        "learning_rate": 1e-4,
+        "num_iterations": 2,
+        "max_steps": 4,
+    },  # a mean over tokens: ranks have unlike shares
 }
 
 

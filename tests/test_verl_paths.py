@@ -4,6 +4,8 @@ hydra's files, the checks, the dataclass, the worker's loss function and the tra
 What is missing is the cluster: Ray, the engines and the sampler want GPUs.
 """
 
+import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -178,3 +180,11 @@ def test_rollouts_that_cannot_be_compared(row, uids, config, line):
 def test_a_rollout_without_uids():
     with pytest.raises(UserError, match="got no uid"):
         get_adv_estimator_fn("minicpgd_cpgd")(token_level_rewards=torch.ones(2, 2), response_mask=torch.ones(2, 2))
+
+
+def test_the_command_of_the_page_composes():
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    typed = re.search(r"^python -m verl\.trainer\.main_ppo (.*?)\n```", page, re.DOTALL | re.MULTILINE)[1]
+    config = composed("cpgd", *shlex.split(typed.replace("\\\n", " ")))
+    loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss
+    assert (type(loss).__name__, loss.loss_mode, loss.drift_coef) == ("CPGDLossConfig", "minicpgd_cpgd", 3.75)

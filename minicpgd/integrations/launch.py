@@ -25,7 +25,9 @@ from minicpgd.rewards import RewardFunction, load_reward
 from minicpgd.tasks import Task, get_task
 
 if TYPE_CHECKING:
-    from minicpgd.integrations.trl import CPGDTrainer
+    from trl import ModelConfig
+
+    from minicpgd.integrations.trl import CPGDConfig, CPGDTrainer
 
 
 @dataclass
@@ -67,23 +69,36 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         UserError: no TRL; a flag, file, task, reward or model that is not there; batches that hold no whole groups.
     """
-    trainer = _trainer(arguments)
+    trainer = _trainer(*settings(arguments))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
 
 
-def _trainer(arguments: list[str] | None) -> "CPGDTrainer":
+def settings(arguments: list[str] | None = None) -> tuple[Problems, "CPGDConfig", "ModelConfig"]:
+    """What the flags, and the file that `--config` names, say.
+
+    Args:
+        arguments: in place of the program's own.
+
+    Raises:
+        UserError: no TRL, or a flag or value that is none.
+    """
     quiet()
     ours = importlib.import_module("minicpgd.integrations.trl")  # first: it says in one line what is missing
+    from trl import ModelConfig, TrlParser
+
+    parser = TrlParser((Problems, ours.CPGDConfig, ModelConfig), usage="%(prog)s --flag value ... (--help lists all)")
+    with _in_one_line():
+        return parser.parse_args_and_config(args=arguments)
+
+
+def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "CPGDTrainer":
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config
 
-    parser = TrlParser(
-        (Problems, ours.CPGDConfig, ModelConfig), usage="%(prog)s --flag value ... (--help lists all of them)"
-    )
-    with _in_one_line():
-        problems, args, model = parser.parse_args_and_config(args=arguments)
+    from minicpgd.integrations.trl import CPGDTrainer
+
     name = str(EMBEDDED) if model.model_name_or_path in (None, "embedded") else model.model_name_or_path
     task = get_task(problems.task, data=problems.data, instruction=problems.instruction)
     reward = load_reward(problems.reward) if problems.reward else task.reward
@@ -92,7 +107,7 @@ def _trainer(arguments: list[str] | None) -> "CPGDTrainer":
         tokenizer = AutoTokenizer.from_pretrained(name)
     rows = rows_of(task, problems.num_problems, args.seed, chat=bool(tokenizer.chat_template))
     with _in_one_line():
-        return ours.CPGDTrainer(
+        return CPGDTrainer(
             model=name,
             reward_funcs=of_text(reward),
             args=args,

@@ -9,14 +9,7 @@ r"""The same objectives on TRL's engine: `CPGDTrainer` is TRL's GRPOTrainer with
     trainer.train()
 
 Everything else is TRL's and is told to TRL: several GPUs (accelerate, FSDP, DeepSpeed), vLLM, adapters, 4 bit, chat
-templates, tools, logging, checkpoints. What TRL calls by another name:
-
-| here | in TRL |
-|---|---|
-| `num_prompts` * `num_generations` | `generation_batch_size`, over all processes |
-| `num_minibatches` | `steps_per_generation` / `gradient_accumulation_steps` |
-| K, updates per rollout | `num_iterations` * `steps_per_generation` / `gradient_accumulation_steps` |
-| `micro_batch_size` | `per_device_train_batch_size` |
+templates, tools, logging, checkpoints. docs/scale.md says what TRL calls by another name, and has the commands.
 
 In: a reward function and a dataset, as GRPOTrainer takes them. Out: what GRPOTrainer leaves, and in its log, beside its
 own metrics, `kl_old`, `ratio_min`, `ratio_max`, `clip_frac_pos`, `clip_frac_neg`, and `drift_coef`. You may change
@@ -25,17 +18,17 @@ every field of `CPGDConfig` but those in `NOT_OURS`, which only TRL's own losses
 `launch.py` beside this file starts it on our tasks from the command line.
 """
 
+import contextlib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minicpgd.advantages import WEIGHTS
-from minicpgd.algorithms import AGGREGATIONS, ALGORITHMS, LossOutput, auto_drift_coef
+from minicpgd.algorithms import ALGORITHMS, LossOutput, auto_drift_coef
+from minicpgd.config import TrainConfig
 from minicpgd.divergence import k3
-from minicpgd.errors import ConfigError, UserError, did_you_mean
-from minicpgd.surrogates import LEVELS
+from minicpgd.errors import ConfigError, UserError
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -56,6 +49,10 @@ NOT_OURS = {
     "off_policy_mask_threshold": "the drift",
     "use_bias_correction_kl": "beta",
 }  # a field of TRL's: what stands in its place
+OURS = (
+    *("algorithm", "drift_coef", "drift_clip", "advantage_weight", "aggregation", "importance_level"),
+    *("epsilon", "epsilon_high", "beta"),  # TRL's names, read by our losses
+)
 
 
 @dataclass
@@ -78,21 +75,9 @@ class CPGDConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("algorithm", ALGORITHMS),
-            ("advantage_weight", WEIGHTS),
-            ("aggregation", AGGREGATIONS),
-            ("importance_level", LEVELS),
-        ):
-            value = getattr(self, name)
-            if value not in known and not (value is None and name != "algorithm"):
-                raise ConfigError(
-                    f"{name} = {value!r}: {did_you_mean(str(value), known)}choose from {', '.join(known)}"
-                )
-        if self.drift_coef != "auto" and not _is_at_least_0(self.drift_coef):
-            raise ConfigError(f"drift_coef = {self.drift_coef!r}: it has to be auto, or a number that is at least 0")
-        if not self.drift_clip > 0:
-            raise ConfigError(f"drift_clip = {self.drift_clip}: it has to be more than 0")
+        with contextlib.suppress(ValueError, TypeError):  # of "auto"; and what is no number, TrainConfig refuses
+            self.drift_coef = float(self.drift_coef)  # type: ignore[assignment]  # a command line has strings only
+        TrainConfig(**{name: getattr(self, name) for name in OURS})  # refuses what it would refuse in our own loop
         for theirs in fields(GRPOConfig):
             if theirs.name in NOT_OURS and getattr(self, theirs.name) != theirs.default:
                 raise ConfigError(f"{theirs.name}: only TRL's own losses read it; here it is {NOT_OURS[theirs.name]}")
@@ -239,10 +224,3 @@ def _mask(inputs: dict[str, Any]) -> Tensor:
     """(B, T), 1 where a token was written by the policy: not padding, and not a tool's answer."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _is_at_least_0(value: Any) -> bool:
-    try:
-        return 0 <= float(value) < float("inf")
-    except (TypeError, ValueError):
-        return False

@@ -140,6 +140,12 @@ def test_trls_cispo_caps_the_weight_at_epsilon_high_itself_not_at_1_plus_it():
     assert agree(ours("cispo", case, epsilon_high=0.28 - 1), trls)
 
 
+def test_what_trl_does_unless_told_otherwise():
+    case = make(0)
+    assert agree(ours("grpo", case, aggregation="token_mean"), theirs(case))  # "GRPO", with DAPO's mean over tokens
+    assert agree(ours("cispo", case, epsilon_high=0.2 - 1), theirs(case, loss_type="cispo"))  # no weight above 0.2
+
+
 @pytest.mark.parametrize(("name", "epsilon_high"), [("dapo", 0.28), ("cispo", 1.2)])
 def test_trl_divides_by_the_tokens_of_the_rollout_where_we_divide_by_those_of_the_step(name, epsilon_high):
     """With two steps on a rollout, one with fewer tokens weighs less in TRL; here each step is a mean of its own."""

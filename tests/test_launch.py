@@ -1,0 +1,91 @@
+"""Our tasks on TRL's engine from the command line: what it leaves, what it refuses, and what docs/scale.md types."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+from minicpgd import UserError, evaluate
+from minicpgd.integrations import launch
+
+pytest.importorskip("trl", reason="needs the extra trl: pip install -e '.[trl]'")
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"]
+SMALL = ["--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "16"]
+
+
+def test_launched_with_an_adapter_it_leaves_a_model(tmp_path):
+    adapter = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
+    launch.main([*FLAGS, *SMALL, *adapter, "--output_dir", str(tmp_path / "out"), "--max_steps", "2"])
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_launched_without_one_its_model_can_be_evaluated(tmp_path):
+    launch.main(
+        [*FLAGS, *SMALL, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--algorithm", "grpo_drift"]
+    )
+    assert 0 <= evaluate(tmp_path / "out", num_problems=8, num_samples=1)["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--algorithm", "gpro"], "algorithm = 'gpro': did you mean 'grpo'"),
+        (["--nonsense", "3"], "--nonsense"),
+        (["--task", "foo"], "task = 'foo': there is no such task"),
+        (["--reward", "foo"], "there is no reward 'foo'"),
+        (["--model_name_or_path", "./nowhere"], r"model_name_or_path = './nowhere': "),
+        (["--per_device_train_batch_size", "7"], "must be divisible by"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, flags, line):
+    with pytest.raises(UserError, match=line) as caught:
+        launch.main([*FLAGS, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", *flags])
+    assert "\n" not in str(caught.value)
+
+
+PAGE = (ROOT / "docs" / "scale.md").read_text()
+TYPED = [
+    shlex.split(line) for line in re.findall(r"^(?:torchrun|accelerate) .*", PAGE.replace("\\\n", " "), re.MULTILINE)
+]
+ADDED = re.findall(r"^\|[^|`]+\| `(--[^`]+)` \|$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("typed", TYPED, ids=lambda typed: " ".join(typed[:4]))
+def test_the_commands_of_the_page_are_ones_that_their_programs_read(typed, monkeypatch):
+    """What stands before `-m` by the launcher's own parser, what comes after by ours."""
+    monkeypatch.chdir(ROOT)
+    cut = typed.index("-m")
+    before, (_, module, *flags) = typed[:cut], typed[cut:]
+    parser = launch_command_parser() if before[:2] == ["accelerate", "launch"] else get_args_parser()
+    parser.parse_args([*before[2 if before[0] == "accelerate" else 1 :], "script.py"])
+    assert module == "minicpgd.integrations.launch"
+    _, args, _ = launch.settings([*flags, "--use_cpu", "--bf16", "false"])
+    assert args.algorithm == "cpgd"
+
+
+@pytest.mark.parametrize("flags", ADDED)
+def test_what_the_page_says_to_add_can_be_added(flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    launch.settings(["--config", "docs/scale/gsm8k.yaml", "--use_cpu", "--bf16", "false", *flags.split()])
+
+
+def test_the_page_has_commands():
+    assert (len(TYPED), len(ADDED)) == (4, 4)
+
+
+def test_prompts_are_messages_where_the_tokenizer_has_a_template():
+    task = launch.get_task("chain_arithmetic")
+    plain, chat = (launch.rows_of(task, 3, seed=0, chat=chat) for chat in (False, True))
+    assert [row["prompt"] for row in chat] == [[{"role": "user", "content": row["prompt"]}] for row in plain]
+    answers = [row["answer"] for row in plain]
+    completions = [[{"role": "assistant", "content": f"#{answer}"}] for answer in answers]
+    read = launch.of_text(task.reward)
+    assert read([row["prompt"] for row in chat], completions, answer=answers) == [1.0, 1.0, 1.0]
+    assert read([row["prompt"] for row in plain], [f"#{a}" for a in answers], answer=answers) == [1.0, 1.0, 1.0]
+    assert read.__name__ == "exact_answer"

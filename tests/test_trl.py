@@ -1,0 +1,359 @@
+"""Our objectives inside TRL: two processes that learn, one that agrees with them, every row, every refusal."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from minicpgd import ALGORITHMS
+from minicpgd.errors import ConfigError, UserError
+from minicpgd.policy import EMBEDDED
+
+pytest.importorskip("trl", reason="needs the extra trl: pip install -e '.[trl]'")
+ours = importlib.import_module("minicpgd.integrations.trl")
+
+SCRIPT = Path(__file__).parent / "ranks.py"
+PROMPTS, GROUP = 2, 4
+CPU = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+
+
+def run(*command):
+    """A Python program to its end; what it said, should it fail."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes left behind, then one that replayed their responses."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, SCRIPT, folder)
+    run(SCRIPT, folder)
+    return folder
+
+
+def logged(folder, name, world):
+    return [line for line in json.loads((folder / f"{name}-log-{world}.json").read_text()) if "loss" in line]
+
+
+def test_two_processes_learn(ranks):
+    rewards = [line["reward"] for line in logged(ranks, "cpgd", 2) if "reward" in line]
+    assert rewards[0] < 0.5
+    assert sum(rewards[-3:]) / 3 >= 0.8
+
+
+@pytest.mark.parametrize("name", ["cpgd", "dapo"])
+def test_two_processes_end_with_one_policy(ranks, name):
+    first, second = (torch.load(ranks / f"{name}-parameters-{rank}-of-2.pt") for rank in (0, 1))
+    start = AutoModelForCausalLM.from_pretrained(EMBEDDED).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in start)
+    assert not any(torch.equal(first[key], start[key]) for key in start)
+
+
+@pytest.mark.parametrize("name", ["cpgd", "dapo"])
+def test_one_process_with_the_same_batch_has_the_same_losses(ranks, name):
+    two, one = logged(ranks, name, 2), logged(ranks, name, 1)
+    assert len(two) == len(one) > 3
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in one] == pytest.approx([line[key] for line in two], abs=1e-4, rel=1e-4)
+    assert len({round(line["loss"], 4) for line in two}) > 3  # and they are not all the same number
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A function that makes a trainer on the embedded model; its rewards are those it is told, in turn."""
+    from datasets import Dataset
+
+    def trainer_of(model=str(EMBEDDED), rewards=None, **settings):
+        def told(completions, **_):
+            return [float(len(c) % 3) for c in completions] if rewards is None else rewards[: len(completions)]
+
+        common = {"per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP, "max_completion_length": 12}
+        return ours.CPGDTrainer(
+            model=model,
+            reward_funcs=told,
+            args=ours.CPGDConfig(output_dir=str(tmp_path / "trl"), logging_steps=1, **(CPU | common | settings)),
+            train_dataset=Dataset.from_list([{"prompt": f"{digit}+1="} for digit in range(8)]),
+            processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
+        )
+
+    return trainer_of
+
+
+def rollout(trainer):
+    """One rollout, and its first micro-batch as the loss gets it."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    return trainer._prepare_inputs([{"prompt": f"{digit}+1="} for digit in range(PROMPTS) for _ in range(GROUP)])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_loss_is_ours_for_every_row(make, name):
+    trainer = make(algorithm=name, num_iterations=2, epsilon=0.1)
+    inputs = rollout(trainer)
+    moved = torch.randn(inputs["completion_mask"].shape, generator=torch.Generator().manual_seed(0))
+    inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + 0.5 * moved
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    there = [p.grad.clone() for p in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    logp = trainer._scored[0].detach().requires_grad_()
+    expected = ALGORITHMS[name].loss(
+        logp,
+        inputs["old_per_token_logps"],
+        inputs["advantages"],
+        inputs["completion_mask"],
+        epsilon=0.1,
+        drift_coef=inputs["advantages"].abs().max().item(),  # "auto"
+        max_completion_length=12,
+    )
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6, abs=1e-7)
+    expected.loss.backward()
+    again, _, _ = super(ours.CPGDTrainer, trainer)._get_per_token_logps_and_entropies(
+        trainer.model,
+        torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        inputs["completion_ids"].size(1),
+    )
+    again.backward(logp.grad)
+    for here, parameter in zip(there, trainer.model.parameters(), strict=True):
+        assert torch.allclose(here, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"importance_level": "sequence"},
+        {"aggregation": "constant"},
+        {"drift_clip": 0.05},
+        {"drift_coef": 7.0},
+        {"epsilon": 0.05},
+        {"epsilon_high": 0.05},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_setting_does_in_trl_what_it_does_here(make, setting):
+    trainer = make(num_iterations=2, **setting)
+    inputs = rollout(trainer)
+    moved = torch.randn(inputs["completion_mask"].shape, generator=torch.Generator().manual_seed(0))
+    inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + 0.5 * moved
+    there = trainer._compute_loss(trainer.model, inputs).item()
+    tensors = trainer._scored[0], inputs["old_per_token_logps"], inputs["advantages"], inputs["completion_mask"]
+    common = {"drift_coef": inputs["advantages"].abs().max().item(), "max_completion_length": 12}
+    here, without = (ALGORITHMS["cpgd"].loss(*tensors, **(common | added)).loss.item() for added in (setting, {}))
+    assert there == pytest.approx(here, rel=1e-5)
+    assert there != pytest.approx(without, rel=1e-3)
+
+
+@pytest.mark.parametrize("weight", [None, "equal", "std", "clip_filter"])
+@pytest.mark.parametrize("name", ["cpgd", "rloo", "reinforce_pp", "reinforce_pp_baseline"])
+def test_advantages_are_ours(make, name, weight):
+    rewards = [0.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
+    trainer = make(rewards=rewards, algorithm=name, advantage_weight=weight)
+    made = trainer._generate_and_score_completions(
+        [{"prompt": f"{digit}+1="} for digit in range(PROMPTS) for _ in range(GROUP)]
+    )
+    lengths = made["completion_mask"].sum(dim=1).view(PROMPTS, GROUP)
+    grouped = torch.tensor(rewards).view(PROMPTS, GROUP)
+    expected = ALGORITHMS[name].advantages(grouped, lengths, advantage_weight=weight).flatten()
+    assert torch.allclose(made["advantages"], expected)
+    assert list(trainer._logs["advantages"]) == pytest.approx(expected.tolist())
+
+
+def test_the_table_of_completions_has_our_advantages_alone_in_an_evaluation_too(make):
+    trainer = make(rewards=[0.0, 1.0, 1.0, 1.0], advantage_weight="equal")
+    trainer.model.eval()
+    trainer._generate_and_score_completions([{"prompt": "1+1="}] * GROUP)
+    assert list(trainer._logs["advantages"]) == pytest.approx([-0.75, 0.25, 0.25, 0.25])
+
+
+def test_a_response_that_nobody_scored_has_no_advantage_and_changes_no_mean(make):
+    trainer = make(rewards=[0.0, 1.0, None, 1.0, 0.0, 0.0, 1.0, 1.0], advantage_weight="equal")
+    assert rollout(trainer)["advantages"].sort().values.tolist() == pytest.approx(
+        sorted([-2 / 3, 1 / 3, 0, 1 / 3, -0.5, -0.5, 0.5, 0.5])
+    )
+
+
+def test_log_probabilities_of_the_sampler_are_there_where_they_are_needed(make):
+    assert "old_per_token_logps" in rollout(make(num_iterations=2))
+    assert "old_per_token_logps" in rollout(make(per_device_train_batch_size=4, steps_per_generation=2))
+    once = make()  # one update: the policy is the sampler, and the loss has the gradient of that
+    inputs = rollout(once)
+    assert "old_per_token_logps" not in inputs
+    loss = once._compute_loss(once.model, inputs)
+    loss.backward()
+    first = [p.grad.clone() for p in once.model.parameters()]
+    once.model.zero_grad()
+    once._compute_loss(once.model, inputs | {"old_per_token_logps": once._scored[0].detach()}).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(first, once.model.parameters(), strict=True))
+    assert any(gradient.any() for gradient in first)
+
+
+@pytest.mark.parametrize("name", ["cpgd", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_micro_batches_change_no_gradient(make, name, steps):
+    """Four micro-batches, in one optimizer step or in two: the gradient is that of all the step's responses at once."""
+    together = 4 // steps
+    settings = {"steps_per_generation": 4, "gradient_accumulation_steps": together, "per_device_train_batch_size": 2}
+    trainer = make(algorithm=name, max_completion_length=40, **settings)
+    parts = [rollout(trainer)]
+    for trainer._step in range(1, 4):
+        parts.append(trainer._prepare_inputs(None))
+    for first in range(0, 4, together):
+        step = parts[first : first + together]
+        for part in step:
+            trainer._compute_loss(trainer.model, part).backward()
+        there = [p.grad.clone() for p in trainer.model.parameters()]
+        trainer.model.zero_grad()
+        whole = {
+            key: torch.cat([p[key] for p in step]) for key in parts[0] if key not in ("share", "num_items_in_batch")
+        }
+        whole |= {"share": 1.0, "num_items_in_batch": parts[0]["num_items_in_batch"]}
+        trainer._compute_loss(trainer.model, whole).backward()
+        assert any(gradient.any() for gradient in there)
+        for here, parameter in zip(there, trainer.model.parameters(), strict=True):
+            assert torch.allclose(here, parameter.grad, rtol=1e-3, atol=1e-6)
+        trainer.model.zero_grad()
+
+
+def test_a_step_that_reaches_into_the_next_rollout_takes_it_to_be_as_long(make):
+    trainer = make(
+        algorithm="dapo", per_device_train_batch_size=4, steps_per_generation=2, gradient_accumulation_steps=4
+    )
+    inputs = rollout(trainer)
+    tokens = [batch["completion_mask"].sum().item() for batch in trainer._buffered_inputs]
+    assert inputs["share"].item() == pytest.approx(tokens[0] / (2 * sum(tokens)))
+
+
+def test_weights_of_another_sampler_weigh_every_token(make):
+    trainer = make(num_iterations=2)
+    inputs = rollout(trainer)
+    plain = trainer._compute_loss(trainer.model, inputs | {"old_per_token_logps": inputs["old_per_token_logps"] - 0.1})
+    ratio = torch.full_like(inputs["old_per_token_logps"], 0.5)
+    halved = inputs | {"old_per_token_logps": inputs["old_per_token_logps"] - 0.1, "importance_sampling_ratio": ratio}
+    assert trainer._compute_loss(trainer.model, halved).item() == pytest.approx(plain.item() / 2, rel=1e-5)
+    assert plain.item() != 0
+
+
+def test_an_answer_of_a_tool_is_no_token_of_the_policy(make):
+    trainer = make(num_iterations=2, algorithm="dapo")
+    inputs = rollout(trainer)
+    tool_mask = (torch.arange(inputs["completion_mask"].size(1)) != 1).long().expand_as(inputs["completion_mask"])
+    moved = inputs["old_per_token_logps"].clone()
+    moved[:, 1] += 5  # what it was, the loss must not see
+    losses = [
+        trainer._compute_loss(trainer.model, inputs | {"tool_mask": tool_mask, "old_per_token_logps": old}).item()
+        for old in (inputs["old_per_token_logps"], moved)
+    ]
+    assert losses[0] == losses[1]
+    assert trainer._compute_loss(trainer.model, inputs | {"old_per_token_logps": moved}).item() != losses[0]
+
+
+def test_the_reference_is_paid_where_the_row_says(make):
+    in_loss, in_reward = (make(algorithm=name, beta=0.5, num_iterations=2) for name in ("cpgd", "reinforce_pp"))
+    for trainer in (in_loss, in_reward):
+        with torch.no_grad():
+            for parameter in trainer.ref_model.parameters():
+                parameter.mul_(0.9)
+    inputs = rollout(in_reward)
+    penalty = ((inputs["old_per_token_logps"] - inputs["ref_per_token_logps"]) * inputs["completion_mask"]).sum(dim=1)
+    lengths = inputs["completion_mask"].sum(dim=1)
+    texts = in_reward.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
+    rewards = torch.tensor([float(len(text) % 3) for text in texts]) - 0.5 * penalty
+    shape = (PROMPTS, GROUP)  # no groups in this row: any order will do
+    expected = ALGORITHMS["reinforce_pp"].advantages(rewards.view(shape), lengths.view(shape)).flatten()
+    assert torch.allclose(inputs["advantages"], expected, atol=1e-4)
+    inputs = rollout(in_loss)
+    with_reference = in_loss._compute_loss(in_loss.model, inputs).item()
+    in_loss.beta = 0.0
+    assert with_reference > in_loss._compute_loss(in_loss.model, inputs).item()
+
+
+def test_experts_are_balanced_as_trl_balances_them(make, tmp_path):
+    torch.manual_seed(0)
+    shape = Qwen3MoeConfig(
+        vocab_size=20, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        router_aux_loss_coef=0.1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(shape).save_pretrained(tmp_path / "moe")
+    trainer = make(model=str(tmp_path / "moe"), rewards=[1.0] * 8, router_aux_loss_coef=0.1, num_iterations=2)
+    loss = trainer._compute_loss(trainer.model, rollout(trainer))
+    assert loss.item() == pytest.approx(0.1 * trainer._scored[2].item(), rel=1e-4)  # equal rewards: nothing else
+    assert loss.item() > 0
+
+
+def test_a_run_logs_trls_metrics_and_ours_and_goes_through_an_evaluation(make):
+    trainer = make(num_iterations=2, max_steps=2)
+    trainer.train()
+    names = {name for line in trainer.state.log_history for name in line}
+    assert {"reward", "entropy", "clip_ratio/region_mean", "completions/mean_length"} <= names
+    assert {"kl_old", "ratio_min", "ratio_max", "clip_frac_pos", "clip_frac_neg", "drift_coef"} <= names
+    first, second = (line for line in trainer.state.log_history if "kl_old" in line)
+    assert first["ratio_min"] == pytest.approx(1, abs=1e-5)
+    assert first["kl_old"] == pytest.approx(0, abs=1e-9)
+    assert second["ratio_min"] < 1 < second["ratio_max"]
+    assert second["kl_old"] > 0
+    trainer.eval_dataset = trainer.train_dataset
+    assert "eval_reward" in trainer.evaluate(trainer.train_dataset)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"algorithm": "gpro"}, "algorithm = 'gpro': did you mean 'grpo'"),
+        ({"drift_coef": "atuo"}, "drift_coef = 'atuo': float expected"),
+        ({"drift_coef": "2.5", "algorithm": "grpo"}, "drift_coef = 2.5: grpo has no drift"),
+        ({"epsilon": 2.0}, "epsilon = 2.0: it has to be between 0 and 1"),
+        ({"aggregation": "mean"}, "aggregation = 'mean': did you mean"),
+        ({"loss_type": "grpo"}, "loss_type: only TRL's own losses read it; here it is algorithm and aggregation"),
+        ({"scale_rewards": "none"}, "scale_rewards: .* advantage_weight"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile: only TRL's"),
+    ],
+)
+def test_a_config_that_our_losses_would_not_read_is_refused(tmp_path, settings, line):
+    with pytest.raises(ConfigError, match=line):
+        ours.CPGDConfig(output_dir=str(tmp_path), **CPU, **settings)
+
+
+def test_fields_that_are_not_ours_are_trls():
+    assert set(ours.NOT_OURS) <= {field.name for field in ours.fields(ours.GRPOConfig)}
+
+
+def test_a_reward_that_pays_the_reference_needs_what_the_sampler_thought(make):
+    trainer = make(algorithm="reinforce_pp", beta=0.1)
+    with pytest.raises(ConfigError, match=r"beta = 0.1: reinforce_pp pays it in the reward"):
+        rollout(trainer)
+
+
+def test_a_config_of_trls_is_refused(make, tmp_path):
+    trainer = make()
+    with pytest.raises(ConfigError, match="args is a GRPOConfig: CPGDTrainer takes a CPGDConfig"):
+        ours.CPGDTrainer(
+            model=str(EMBEDDED),
+            reward_funcs=trainer.reward_funcs,
+            args=ours.GRPOConfig(output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, **CPU),
+            train_dataset=trainer.train_dataset,
+            processing_class=trainer.processing_class,
+        )
+
+
+@pytest.mark.parametrize("name", ["trl", "verl"])
+def test_a_missing_extra_is_one_line(monkeypatch, name):
+    for module in (name, "verl.trainer.ppo.core_algos"):  # None: as if it were not installed
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"minicpgd.integrations.{name}", raising=False)
+    with pytest.raises(UserError, match=rf"^[^\n]*pip install 'minicpgd\[{name}\]'[^\n]*$"):
+        importlib.import_module(f"minicpgd.integrations.{name}")
