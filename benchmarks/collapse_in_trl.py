@@ -163,6 +163,8 @@ def main(rates: tuple[float, ...] = (1e-4, 3e-4), seeds: tuple[int, ...] = (0, 1
     there = set(table[KEYS].itertuples(index=False, name=None))
     missing = [(rate, *run, seed) for rate in rates for seed in seeds for run in RUNS]
     missing = [run for run in missing if run not in there]
+    if not missing:
+        print(f"all of these runs are in {RESULTS}; to make them again, move it away")
     context = multiprocessing.get_context("spawn")
     with Bars(["runs"], len(missing)) as bars, ProcessPoolExecutor(jobs, mp_context=context) as pool:
         for done, future in enumerate(as_completed([pool.submit(one, *run) for run in missing]), start=1):

@@ -1,7 +1,7 @@
 """Memory and speed of QLoRA training on one GPU, at the true size of Qwen2.5, with random weights.
 
     python benchmarks/qlora.py                         # 0.5b, 1.5b, 3b, 7b in turn; writes benchmarks/results/qlora.csv
-    python benchmarks/qlora.py --sizes 0.5b --trl      # TRL's GRPOTrainer beside it (pip install trl)
+    python benchmarks/qlora.py --sizes 0.5b --trl      # TRL's GRPOTrainer beside it (the extra trl)
     python benchmarks/qlora.py --sizes tiny --length 16    # a dry run, on a CPU: says nothing about a card
 
 4-bit, LoRA of rank 16 on all linear layers, gradient checkpointing, 8 prompts of 150 tokens x 8 responses x 512 new

@@ -10,9 +10,10 @@ each. Both loops: full-precision training of all weights, AdamW, GRPO's loss, a 
 a GPU where there is one.
 
 Each run is a process of its own, ours and TRL's in turn, `rounds` times. Seconds are those of a whole step (a rollout
-and its updates), their median without the first two steps of each process. `rollout` ends in rewarded responses,
-`scoring` is what TRL then asks the model about them (ours keeps what it knew when it sampled), `update` is the rest.
-Memory is the largest amount that the process ever held, and what of it was not there before training.
+and its updates), their median without the first two steps of each process. `rollout` ends in responses with advantages;
+of it, `scoring` is apart: TRL asks the model for the log-probabilities of what it sampled (ours keeps what it knew when
+it sampled); `update` is the rest. Memory is the largest amount that the process ever held, and what of it was not there
+before training; both processes have imported TRL.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -137,23 +138,17 @@ def trls(config: TrainConfig, tell: Callable[[dict], None]) -> None:
                 clock["end"] = now
 
     class Timed(GRPOTrainer):
-        def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            made = super()._generate(*args, **kwargs)
-            clock["rollout"] = time.perf_counter() - started
+            made = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                clock["scoring"] += time.perf_counter() - started
             return made
 
-        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            rewards = super()._calculate_rewards(*args, **kwargs)
-            clock["rewards"] = time.perf_counter() - started
-            return rewards
-
         def _generate_and_score_completions(self, inputs: Any) -> Any:
-            started = time.perf_counter()
+            clock["scoring"], started = 0.0, time.perf_counter()
             made = super()._generate_and_score_completions(inputs)
-            clock["rollout"] += clock["rewards"]
-            clock["scoring"] = time.perf_counter() - started - clock["rollout"]
+            clock["rollout"] = time.perf_counter() - started - clock["scoring"]
             return made
 
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
@@ -190,6 +185,9 @@ def trls(config: TrainConfig, tell: Callable[[dict], None]) -> None:
 def child(work: Callable, config: TrainConfig, threads: int, send: Any) -> None:
     """One loop in this process; tells of every step, then of memory."""
     quiet()
+    import datasets  # noqa: F401  (and TRL, in both processes: what importing takes is no part of training)
+    import trl.trainer.grpo_trainer  # noqa: F401
+
     torch.set_num_threads(threads)
     gc.collect()
     before = memory()
@@ -235,7 +233,7 @@ def compare(size: str, rounds: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main(sizes: tuple[str, ...] = ("embedded", "30m"), rounds: int = 3) -> None:
+def main(sizes: tuple[Literal["embedded", "30m"], ...] = ("embedded", "30m"), rounds: int = 3) -> None:
     """Measure, write the table, and say what of TRL's time and memory ours takes.
 
     Args:

@@ -23,7 +23,7 @@ from minicpgd.demo import demo_configs
 from minicpgd.outcome import outcome
 from minicpgd.plots.metrics import UNITS, Traces, load_metric
 from minicpgd.runlog import load_run, load_timings
-from minicpgd.stats import share
+from minicpgd.stats import collapsed, share
 from minicpgd.summary import SUMMARIES, percent
 from minicpgd.warning import fall_step
 
@@ -112,10 +112,12 @@ def generation() -> pd.DataFrame:
 
 
 def collapse_in_trl() -> pd.DataFrame:
-    """Where each run ended, in our loop and in TRL's: a column per seed."""
-    table = pd.read_csv(ROOT / "benchmarks" / "results" / "collapse_in_trl.csv").dropna(subset="eval_accuracy")
+    """Where each run ended, in our loop and in TRL's: a column per seed; and how many collapsed by our own rule."""
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "collapse_in_trl.csv")
     index = ["learning_rate", "algorithm", "loop"]
-    ends = table.pivot(index=index, columns="seed", values="eval_accuracy")
+    start = load_run(_demo()[0][0]).metrics["reward"][0]  # the same model in every run
+    fell = table.groupby([*index, "seed"])["reward"].agg(lambda reward: collapsed(reward.to_numpy(), start=start))
+    ends = table.dropna(subset="eval_accuracy").pivot(index=index, columns="seed", values="eval_accuracy")
     rows = pd.DataFrame(
         {
             "learning rate": ends.index.get_level_values("learning_rate").map("{:g}".format),
@@ -125,15 +127,17 @@ def collapse_in_trl() -> pd.DataFrame:
     )
     for seed in ends.columns:
         rows[f"seed {seed}"] = ends[seed].map("{:.2f}".format).to_numpy()
-    return rows.assign(mean=ends.mean(axis=1).map("{:.2f}".format).to_numpy())
+    counts = fell.groupby(index).agg(["sum", "count"]).map("{:.0f}".format)
+    means = ends.mean(axis=1).map("{:.2f}".format)
+    return rows.assign(mean=means.to_numpy(), collapsed=(counts["sum"] + " of " + counts["count"]).to_numpy())
 
 
 def vs_trl() -> pd.DataFrame:
     """Our step beside TRL's: medians over the rounds, and what share of TRL's ours takes."""
     table = pd.read_csv(ROOT / "benchmarks" / "results" / "vs_trl.csv")
-    medians = table.groupby(["size", "device", "by"]).median(numeric_only=True)
+    medians = table.groupby(["size", "device", "by"], sort=False).median(numeric_only=True)
     rows = []
-    for (size, device), pair in medians.groupby(["size", "device"]):
+    for (size, device), pair in medians.groupby(["size", "device"], sort=False):
         pair = pair.droplevel(["size", "device"])
         for loop, row in (("ours", pair.loc["minicpgd"]), ("TRL's", pair.loc["trl"])):
             told = {"model": size, "loop": loop, "s per step": f"{row['seconds']:.2f}"}

@@ -234,6 +234,8 @@ def load_config(path: Path) -> TrainConfig:
         values = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not a readable config: {error}") from error
+    if isinstance(values, dict) and "architectures" in values:
+        raise ConfigError(f"{path}: a model's, not a run's; `minicpgd evaluate` and `minicpgd sample` take models")
     known = {field.name for field in fields(TrainConfig)}
     if not isinstance(values, dict) or not set(values) <= known:
         unknown = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else "no JSON object"

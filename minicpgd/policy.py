@@ -7,6 +7,7 @@ in the package sees token ids.
 import copy
 import logging as python_logging
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ def quiet() -> None:
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL's to heed, not a user's
 
 
 @dataclass
@@ -157,7 +159,7 @@ def load_policy(
             an extra package is missing.
     """
     source = str(EMBEDDED) if name == "embedded" else name
-    _look_into(source, name)
+    look_into(source, name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frozen = bool(lora_r or adapter)
     number, reason = choose_dtype(dtype, adapter=frozen, device=device)
@@ -206,8 +208,16 @@ def policy_of(config: TrainConfig, adapter: Path | None = None) -> Policy:
     )
 
 
-def _look_into(source: str, name: str) -> None:
-    """See what a folder lacks before transformers does, whose words for it are many."""
+def look_into(source: str, name: str) -> None:
+    """See what a folder lacks before transformers does, whose words for it are many.
+
+    Args:
+        source: a folder, or a name on the model hub.
+        name: what the user called it.
+
+    Raises:
+        UserError: the folder is not there, or has no config, weights or tokenizer.
+    """
     folder = Path(source)
     if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
         raise UserError(f"model = {name!r}: there is no such folder")  # before a hub is asked, and asked again

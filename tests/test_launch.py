@@ -10,6 +10,7 @@ from torch.distributed.run import get_args_parser
 
 from minicpgd import UserError, evaluate
 from minicpgd.integrations import launch
+from minicpgd.policy import EMBEDDED
 
 pytest.importorskip("trl", reason="needs the extra trl: pip install -e '.[trl]'")
 
@@ -28,7 +29,14 @@ def test_launched_without_one_its_model_can_be_evaluated(tmp_path):
     launch.main(
         [*FLAGS, *SMALL, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--algorithm", "grpo_drift"]
     )
+    assert "kl_old" in (tmp_path / "out" / "trainer_state.json").read_text()
     assert 0 <= evaluate(tmp_path / "out", num_problems=8, num_samples=1)["accuracy"] <= 1
+
+
+def test_a_file_that_does_not_parse_is_one_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("task: [")
+    with pytest.raises(UserError, match="^[^\n]*parsing"):
+        launch.main(["--config", str(tmp_path / "run.yaml")])
 
 
 @pytest.mark.parametrize(
@@ -41,6 +49,12 @@ def test_launched_without_one_its_model_can_be_evaluated(tmp_path):
         (["--model_name_or_path", "./nowhere"], r"model_name_or_path = './nowhere': "),
         (["--per_device_train_batch_size", "7"], "must be divisible by"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config"], "name a YAML file after --config"),
+        (["--algoritm", "cpgd"], "--algoritm: there is no such flag; did you mean '--algorithm'"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint = 'nowhere': there is no such folder"),
+        (["--num_problems", "0"], "num_problems = 0: a rollout takes 1"),
+        (["--output_dir", str(EMBEDDED)], "output_dir = .*: a trained model is there"),
+        (["--use_vllm"], "vLLM"),
     ],
 )
 def test_bad_flags_are_one_line(tmp_path, flags, line):
@@ -53,7 +67,7 @@ PAGE = (ROOT / "docs" / "scale.md").read_text()
 TYPED = [
     shlex.split(line) for line in re.findall(r"^(?:torchrun|accelerate) .*", PAGE.replace("\\\n", " "), re.MULTILINE)
 ]
-ADDED = re.findall(r"^\|[^|`]+\| `(--[^`]+)` \|$", PAGE, re.MULTILINE)
+ADDED = re.findall(r"^- [^`]+: `(--[^`]+)`$", PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("typed", TYPED, ids=lambda typed: " ".join(typed[:4]))

@@ -179,11 +179,30 @@ def test_the_table_of_completions_has_our_advantages_alone_in_an_evaluation_too(
     assert list(trainer._logs["advantages"]) == pytest.approx([-0.75, 0.25, 0.25, 0.25])
 
 
-def test_a_response_that_nobody_scored_has_no_advantage_and_changes_no_mean(make):
-    trainer = make(rewards=[0.0, 1.0, None, 1.0, 0.0, 0.0, 1.0, 1.0], advantage_weight="equal")
-    assert rollout(trainer)["advantages"].sort().values.tolist() == pytest.approx(
-        sorted([-2 / 3, 1 / 3, 0, 1 / 3, -0.5, -0.5, 0.5, 0.5])
-    )
+def test_a_response_that_nobody_scored_is_one_line(make):
+    with pytest.raises(UserError, match="a response got no number from any reward function"):
+        rollout(make(rewards=[0.0, 1.0, None, 1.0, 0.0, 0.0, 1.0, 1.0]))
+
+
+def test_a_truncated_response_keeps_its_length_in_a_mean_over_tokens(make):
+    rewards = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    trainer = make(rewards=rewards, algorithm="reinforce_pp", max_completion_length=3, mask_truncated_completions=True)
+    rows = [{"prompt": f"{digit}+1="} for digit in range(PROMPTS) for _ in range(GROUP)]
+    made = trainer._generate_and_score_completions(rows)
+    assert not made["completion_mask"].sum(dim=1).all()  # some were truncated
+    shape = (PROMPTS, GROUP)  # and every response, "#6" and its end or cut off, is 3 tokens long
+    expected = ALGORITHMS["reinforce_pp"].advantages(torch.tensor(rewards).view(shape), torch.full(shape, 3))
+    assert torch.allclose(made["advantages"], expected.flatten())
+
+
+def test_auto_goes_on_from_a_checkpoint_with_the_last_coefficient(make):
+    settings = {"num_iterations": 2, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    first = make(**settings)
+    first.train()
+    assert first.drift_coef != 1
+    second = make(rewards=[1.0] * 8, **(settings | {"max_steps": 4}))  # no advantages from here on
+    second.train(resume_from_checkpoint=True)
+    assert second.drift_coef == first.drift_coef
 
 
 def test_log_probabilities_of_the_sampler_are_there_where_they_are_needed(make):

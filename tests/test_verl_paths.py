@@ -34,8 +34,8 @@ ACTOR = "actor_rollout_ref.actor"
 
 
 def composed(row, *overrides):
-    """verl's configuration as `python -m verl.trainer.main_ppo` has it, after verl's own checks."""
-    typed = [
+    """verl's configuration for a row, as a user would ask for it."""
+    return checked(
         f"algorithm.adv_estimator=minicpgd_{row}",
         f"{ACTOR}.policy_loss.loss_mode=minicpgd_{row}",
         f"{ACTOR}.policy_loss._target_=minicpgd.integrations.verl.CPGDLossConfig",
@@ -43,9 +43,13 @@ def composed(row, *overrides):
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
         f"actor_rollout_ref.rollout.n={B}",
         *overrides,
-    ]
+    )
+
+
+def checked(*typed):
+    """verl's configuration as `python -m verl.trainer.main_ppo` has it, after verl's own checks."""
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
-        config = compose("ppo_trainer", typed)
+        config = compose("ppo_trainer", list(typed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no critic
         validate_config(config, need_reference_policy(config), need_critic(config))
@@ -185,6 +189,7 @@ def test_a_rollout_without_uids():
 def test_the_command_of_the_page_composes():
     page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
     typed = re.search(r"^python -m verl\.trainer\.main_ppo (.*?)\n```", page, re.DOTALL | re.MULTILINE)[1]
-    config = composed("cpgd", *shlex.split(typed.replace("\\\n", " ")))
+    config = checked(*shlex.split(typed.replace("\\\n", " ")))
+    assert config.algorithm.adv_estimator == "minicpgd_cpgd"
     loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss
     assert (type(loss).__name__, loss.loss_mode, loss.drift_coef) == ("CPGDLossConfig", "minicpgd_cpgd", 3.75)

@@ -4,27 +4,35 @@
     accelerate launch --config_file fsdp.yaml -m minicpgd.integrations.launch --config run.yaml
 
 Flags are TRL's (`CPGDConfig`; `ModelConfig`, for 4 bit and adapters) and those of `Problems`; `--config` reads them
-from a YAML file. In: problems and a reward by their names in this package. Out: `--output_dir`, with TRL's log,
-checkpoints, and the trained model, which `minicpgd evaluate` takes. Errors are one line and exit code 2.
+from a YAML file. In: problems and a reward by their names in this package. Out: `--output_dir`, with the trained model,
+which `minicpgd evaluate` takes (or an adapter, which PEFT puts on its model), TRL's checkpoints, and its log, in
+`trainer_state.json`; on the terminal a line per logged rollout. What is wrong with the flags is one line and exit code
+2; torchrun adds its own below, so try a new configuration without it first.
 
 For your own dataset and reward function you need none of this: `CPGDTrainer` takes them as TRL's GRPOTrainer does.
 """
 
 import functools
 import importlib
+import os
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minicpgd.errors import UserError
-from minicpgd.policy import EMBEDDED, quiet
+import torch
+import yaml
+
+from minicpgd.errors import UserError, did_you_mean
+from minicpgd.policy import EMBEDDED, look_into, quiet
 from minicpgd.rewards import RewardFunction, load_reward
 from minicpgd.tasks import Task, get_task
 
 if TYPE_CHECKING:
+    from transformers import ProgressCallback
     from trl import ModelConfig
 
     from minicpgd.integrations.trl import CPGDConfig, CPGDTrainer
@@ -67,11 +75,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Train as the flags say.
 
     Raises:
-        UserError: no TRL; a flag, file, task, reward or model that is not there; batches that hold no whole groups.
+        UserError: no TRL; a flag, file, task, reward or model that is not there; batches that hold no whole groups; too
+            few problems for one rollout; an `output_dir` with a trained model in it.
     """
     trainer = _trainer(*settings(arguments))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()
 
 
 def settings(arguments: list[str] | None = None) -> tuple[Problems, "CPGDConfig", "ModelConfig"]:
@@ -88,26 +98,54 @@ def settings(arguments: list[str] | None = None) -> tuple[Problems, "CPGDConfig"
     from trl import ModelConfig, TrlParser
 
     parser = TrlParser((Problems, ours.CPGDConfig, ModelConfig), usage="%(prog)s --flag value ... (--help lists all)")
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    if not torch.accelerator.is_available():
+        given.insert(0, "--use_cpu")
     with _in_one_line():
-        return parser.parse_args_and_config(args=arguments)
+        problems, args, model, unknown = parser.parse_args_and_config(
+            args=given, return_remaining_strings=True, fail_with_unknown_args=False
+        )
+    for name in unknown:
+        raise UserError(
+            f"{name}: there is no such flag; {did_you_mean(name, parser._option_string_actions)}--help lists all"
+        )
+    return problems, args, model
+
+
+def _check_folders(args: "CPGDConfig") -> None:
+    resumed, out = args.resume_from_checkpoint, Path(args.output_dir)
+    if resumed and not Path(resumed).is_dir():
+        raise UserError(f"resume_from_checkpoint = {resumed!r}: there is no such folder")
+    if not resumed and any(out.glob("*.safetensors")):
+        raise UserError(
+            f"output_dir = {args.output_dir!r}: a trained model is there; name another folder, or remove it"
+        )
 
 
 def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "CPGDTrainer":
     from datasets import Dataset
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
     from minicpgd.integrations.trl import CPGDTrainer
 
+    _check_folders(args)
     name = str(EMBEDDED) if model.model_name_or_path in (None, "embedded") else model.model_name_or_path
     task = get_task(problems.task, data=problems.data, instruction=problems.instruction)
     reward = load_reward(problems.reward) if problems.reward else task.reward
-    args.model_init_kwargs = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "revision": model.model_revision}
+    args.model_init_kwargs = loading | (args.model_init_kwargs or {})
+    look_into(name, name)
     with _in_one_line(f"model_name_or_path = {name!r}: "):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
     rows = rows_of(task, problems.num_problems, args.seed, chat=bool(tokenizer.chat_template))
+    wanted = (args.generation_batch_size or 0) // args.num_generations
+    if len(rows) < wanted:
+        raise UserError(
+            f"num_problems = {len(rows)}: a rollout takes {wanted} (generation_batch_size / num_generations)"
+        )
     with _in_one_line():
-        return CPGDTrainer(
+        trainer = CPGDTrainer(
             model=name,
             reward_funcs=of_text(reward),
             args=args,
@@ -116,6 +154,25 @@ def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "C
             peft_config=get_peft_config(model),
             quantization_config=get_quantization_config(model),
         )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_line_per_rollout())
+    return trainer
+
+
+def _line_per_rollout() -> "ProgressCallback":
+    from transformers import ProgressCallback
+
+    class Line(ProgressCallback):
+        """The bar of transformers; of what is logged, four numbers instead of forty."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if self.training_bar is not None and "reward" in (logs or {}):
+                names = {"reward": "reward", "completions/mean_length": "length", "kl_old": "kl_old", "loss": "loss"}
+                told = "  ".join(f"{short} {logs[name]:.3g}" for name, short in names.items() if name in logs)
+                self.training_bar.write(f"update {state.global_step}: {told}")
+
+    return Line()
 
 
 @contextmanager
@@ -123,8 +180,10 @@ def _in_one_line(where: str = "") -> Iterator[None]:
     """What TRL and transformers refuse, in the first line of their words."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         raise UserError(where + str(error).strip().splitlines()[0]) from error
+    except IndexError as error:  # of TRL's parser
+        raise UserError("config: name a YAML file after --config") from error
 
 
 def _text(message: Any) -> str:
@@ -135,5 +194,6 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(f"minicpgd: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"minicpgd: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,11 +19,14 @@ every field of `CPGDConfig` but those in `NOT_OURS`, which only TRL's own losses
 """
 
 import contextlib
+import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minicpgd.algorithms import ALGORITHMS, LossOutput, auto_drift_coef
 from minicpgd.config import TrainConfig
@@ -44,11 +47,14 @@ NOT_OURS = {
     "multi_objective_aggregation": "a sum of rewards, by reward_weights",
     "delta": "algorithm='grpo_dual_clip'",
     "top_entropy_quantile": "all tokens",
-    "entropy_coef": "no entropy bonus",
-    "use_adaptive_entropy": "no entropy bonus",
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), "algorithm"),
+    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), "algorithm"),
+    **dict.fromkeys(("entropy_coef", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"), "no entropy bonus"),
+    **dict.fromkeys(("use_adaptive_entropy", "entropy_target"), "no entropy bonus"),
     "off_policy_mask_threshold": "the drift",
-    "use_bias_correction_kl": "beta",
+    "use_bias_correction_kl": "beta, on k3 as it is",
 }  # a field of TRL's: what stands in its place
+DRIFT_COEF = "drift_coef.json"  # in a checkpoint: "auto" keeps the last one over a rollout without any advantage
 OURS = (
     *("algorithm", "drift_coef", "drift_clip", "advantage_weight", "aggregation", "importance_level"),
     *("epsilon", "epsilon_high", "beta"),  # TRL's names, read by our losses
@@ -74,28 +80,35 @@ class CPGDConfig(GRPOConfig):
         default=None, metadata={"help": "token, sequence or sequence_mean: where the ratio is taken; None: the row's."}
     )
 
+    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Not read: beta weighs k3 as it is."})
+
     def __post_init__(self) -> None:
         with contextlib.suppress(ValueError, TypeError):  # of "auto"; and what is no number, TrainConfig refuses
             self.drift_coef = float(self.drift_coef)  # type: ignore[assignment]  # a command line has strings only
         TrainConfig(**{name: getattr(self, name) for name in OURS})  # refuses what it would refuse in our own loop
-        for theirs in fields(GRPOConfig):
+        super().__post_init__()
+        for theirs in fields(self):
             if theirs.name in NOT_OURS and getattr(self, theirs.name) != theirs.default:
                 raise ConfigError(f"{theirs.name}: only TRL's own losses read it; here it is {NOT_OURS[theirs.name]}")
-        super().__post_init__()
 
 
 class CPGDTrainer(GRPOTrainer):
     """TRL's GRPOTrainer, with the advantages and the loss of a row of `minicpgd.ALGORITHMS`.
 
     Takes what GRPOTrainer takes, and a `CPGDConfig`. Any number of processes and any cut into micro-batches gives the
-    gradient of one process with one batch, to rounding.
+    gradient of one process with one batch, to rounding; but for a mean over tokens where an optimizer step reaches into
+    a rollout that is not made yet. TRL's `clip_ratio/*` count tokens beyond the bounds, whether the row clips or not.
 
     Raises:
         ConfigError: `args` is no CPGDConfig, or has `beta` with a row that pays it in the reward, at one update per
             rollout (there TRL keeps no log-probabilities of the policy that sampled).
+        UserError: a response to which no reward function gave a number.
     """
 
     args: CPGDConfig
+    _tag_names = ["trl", "minicpgd"]
+    _name = "minicpgd (CPGD and its relatives)"
+    _paper = {"title": "CPGD: Toward Stable Rule-based Reinforcement Learning for Language Models", "id": "2505.12504"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # GRPOTrainer's own, which checks them
         super().__init__(*args, **kwargs)
@@ -103,14 +116,18 @@ class CPGDTrainer(GRPOTrainer):
             raise ConfigError(f"args is a {type(self.args).__name__}: CPGDTrainer takes a CPGDConfig")
         self.algorithm = ALGORITHMS[self.args.algorithm]
         self.drift_coef = 1.0 if self.args.drift_coef == "auto" else float(self.args.drift_coef)
+        self.epsilon_high = (
+            self.algorithm.clip_bounds(self.args.epsilon, self.args.epsilon_high)[1] - 1
+        )  # for TRL's metrics
         self._rewards: Tensor  # (B of all processes, reward functions), as they were just given
         self._scored: tuple[
             Tensor, Tensor, Tensor | None
         ]  # what TRL just asked the model: log-probs, entropy, aux loss
         self._counted: tuple[list, Tensor] = ([], torch.empty(0))  # a rollout's micro-batches, and the tokens in each
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> Tensor:
+        self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        self._lengths = torch.tensor([len(ids) for ids in completion_ids], device=self._rewards.device)
         return self._rewards
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -123,7 +140,10 @@ class CPGDTrainer(GRPOTrainer):
         group = self.num_generations if self.model.training else self.num_generations_eval
         if group == 1 and not self.model.training:
             return made  # one response to a prompt, in an evaluation: TRL's advantages are 0
-        scored = ~self._rewards.isnan().all(dim=1)
+        if self._rewards.isnan().all(dim=1).any():
+            raise UserError(
+                "a response got no number from any reward function: advantages compare each with the others"
+            )
         rewards = (self._rewards * self.reward_weights.to(self._rewards)).nansum(dim=1)
         if self.beta and self.algorithm.reference_kl == "reward":
             if "old_per_token_logps" not in made:
@@ -133,13 +153,11 @@ class CPGDTrainer(GRPOTrainer):
                 )
             penalty = ((made["old_per_token_logps"] - made["ref_per_token_logps"]) * _mask(made)).sum(dim=1)
             rewards = rewards - self.beta * self.accelerator.gather(penalty)
-        grouped, known = rewards.view(-1, group), scored.view(-1, group)
-        mean = (grouped * known).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
-        lengths = self.accelerator.gather(_mask(made).sum(dim=1)).view(-1, group)
-        advantages = self.algorithm.advantages(  # a response that no reward function scored stands at its group's mean
-            torch.where(known, grouped, mean), lengths, advantage_weight=self.args.advantage_weight
-        )
-        advantages = torch.where(known, advantages, 0.0).flatten()
+        written = _mask(made).sum(dim=1)  # none, of a response that mask_truncated_completions leaves out of the loss
+        lengths = self.accelerator.gather(torch.where(written > 0, written, self._lengths))
+        advantages = self.algorithm.advantages(
+            rewards.view(-1, group), lengths.view(-1, group), advantage_weight=self.args.advantage_weight
+        ).flatten()
         if self.args.drift_coef == "auto" and self.model.training:
             self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
         logged = self._logs["advantages"]
@@ -164,7 +182,7 @@ class CPGDTrainer(GRPOTrainer):
             counts = torch.stack([_mask(batch).sum() for batch in self._buffered_inputs]).float()
             self._counted = self._buffered_inputs, self.accelerator.reduce(counts, reduction="sum")
         _, counts = self._counted
-        together, here = self.args.gradient_accumulation_steps, self._step % len(counts)
+        together, here = self.current_gradient_accumulation_steps, self._step % len(counts)
         if len(counts) % together == 0:
             first = here // together * together
             tokens = counts[first : first + together].sum()
@@ -178,7 +196,8 @@ class CPGDTrainer(GRPOTrainer):
         TRL's loss is computed, for its metrics, and dropped: no copy of its code to keep in step.
         """
         super()._compute_loss(model, inputs)
-        logp, _, aux_loss = self._scored
+        logp, entropy, aux_loss = self._scored
+        self._scored = logp.detach(), entropy, aux_loss  # the graph is not to outlive this step
         mask, old_logp = _mask(inputs), inputs.get("old_per_token_logps")
         weights = self.algorithm.token_weights(mask, self.max_completion_length, self.args.aggregation)
         if "importance_sampling_ratio" in inputs:  # what vLLM sampled with, against what is trained
@@ -202,6 +221,17 @@ class CPGDTrainer(GRPOTrainer):
             return output.loss
         share = 1 / self.current_gradient_accumulation_steps if self.model.training else 1.0
         return output.loss + share * self.router_aux_loss_coef * aux_loss
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / DRIFT_COEF).write_text(json.dumps(self.drift_coef))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / DRIFT_COEF).is_file():
+            self.drift_coef = json.loads((Path(checkpoint) / DRIFT_COEF).read_text())
 
     def _log_ours(self, output: LossOutput) -> None:
         """Our metrics over all processes: means over tokens, and the extremes."""
