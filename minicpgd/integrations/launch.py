@@ -105,10 +105,9 @@ def settings(arguments: list[str] | None = None) -> tuple[Problems, "CPGDConfig"
         problems, args, model, unknown = parser.parse_args_and_config(
             args=given, return_remaining_strings=True, fail_with_unknown_args=False
         )
-    for name in unknown:
-        raise UserError(
-            f"{name}: there is no such flag; {did_you_mean(name, parser._option_string_actions)}--help lists all"
-        )
+    if unknown:
+        near = did_you_mean(unknown[0], parser._option_string_actions)
+        raise UserError(f"{unknown[0]}: there is no such flag; {near}--help lists all")
     return problems, args, model
 
 
@@ -117,9 +116,7 @@ def _check_folders(args: "CPGDConfig") -> None:
     if resumed and not Path(resumed).is_dir():
         raise UserError(f"resume_from_checkpoint = {resumed!r}: there is no such folder")
     if not resumed and any(out.glob("*.safetensors")):
-        raise UserError(
-            f"output_dir = {args.output_dir!r}: a trained model is there; name another folder, or remove it"
-        )
+        raise UserError(f"output_dir = {args.output_dir!r}: a trained model is there; name another, or remove it")
 
 
 def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "CPGDTrainer":

@@ -79,7 +79,6 @@ class CPGDConfig(GRPOConfig):
     importance_level: str | None = field(
         default=None, metadata={"help": "token, sequence or sequence_mean: where the ratio is taken; None: the row's."}
     )
-
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Not read: beta weighs k3 as it is."})
 
     def __post_init__(self) -> None:
@@ -116,14 +115,15 @@ class CPGDTrainer(GRPOTrainer):
             raise ConfigError(f"args is a {type(self.args).__name__}: CPGDTrainer takes a CPGDConfig")
         self.algorithm = ALGORITHMS[self.args.algorithm]
         self.drift_coef = 1.0 if self.args.drift_coef == "auto" else float(self.args.drift_coef)
-        self.epsilon_high = (
-            self.algorithm.clip_bounds(self.args.epsilon, self.args.epsilon_high)[1] - 1
-        )  # for TRL's metrics
-        self._rewards: Tensor  # (B of all processes, reward functions), as they were just given
-        self._scored: tuple[
-            Tensor, Tensor, Tensor | None
-        ]  # what TRL just asked the model: log-probs, entropy, aux loss
-        self._counted: tuple[list, Tensor] = ([], torch.empty(0))  # a rollout's micro-batches, and the tokens in each
+        _, upper = self.algorithm.clip_bounds(self.args.epsilon, self.args.epsilon_high)
+        self.epsilon_high = upper - 1  # for TRL's metrics: a row may have one of its own
+        # What TRL has just made: rewards (B of all processes, functions), lengths (B of this one) in tokens;
+        self._rewards: Tensor
+        self._lengths: Tensor
+        # of a micro-batch, log-probabilities and entropies (B, T), and the loss that balances experts;
+        self._scored: tuple[Tensor, Tensor, Tensor | None]
+        # of a rollout, its micro-batches, and the tokens in each.
+        self._counted: tuple[list, Tensor] = ([], torch.empty(0))
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> Tensor:
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
