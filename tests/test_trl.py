@@ -256,11 +256,22 @@ def test_a_step_that_reaches_into_the_next_rollout_takes_it_to_be_as_long(make):
     assert inputs["share"].item() == pytest.approx(tokens[0] / (2 * sum(tokens)))
 
 
-def test_weights_of_another_sampler_weigh_every_token(make):
+def test_the_short_step_that_ends_an_epoch_is_a_whole_mean(make):
+    trainer = make(
+        algorithm="dapo", per_device_train_batch_size=4, steps_per_generation=2, gradient_accumulation_steps=4
+    )
+    rollout(trainer)
+    tokens = [batch["completion_mask"].sum().item() for batch in trainer._buffered_inputs]
+    trainer._step, trainer.current_gradient_accumulation_steps = 1, 2  # as transformers sets it there
+    assert trainer._prepare_inputs(None)["share"].item() == pytest.approx(tokens[1] / sum(tokens))
+
+
+@pytest.mark.parametrize("width", [1, None], ids=["a response's", "a token's"])
+def test_weights_of_another_sampler_weigh_every_token(make, width):
     trainer = make(num_iterations=2)
     inputs = rollout(trainer)
     plain = trainer._compute_loss(trainer.model, inputs | {"old_per_token_logps": inputs["old_per_token_logps"] - 0.1})
-    ratio = torch.full_like(inputs["old_per_token_logps"], 0.5)
+    ratio = torch.full_like(inputs["old_per_token_logps"], 0.5)[:, :width]
     halved = inputs | {"old_per_token_logps": inputs["old_per_token_logps"] - 0.1, "importance_sampling_ratio": ratio}
     assert trainer._compute_loss(trainer.model, halved).item() == pytest.approx(plain.item() / 2, rel=1e-5)
     assert plain.item() != 0
@@ -325,7 +336,7 @@ def test_a_run_logs_trls_metrics_and_ours_and_goes_through_an_evaluation(make):
     assert first["kl_old"] == pytest.approx(0, abs=1e-9)
     assert second["ratio_min"] < 1 < second["ratio_max"]
     assert second["kl_old"] > 0
-    trainer.eval_dataset = trainer.train_dataset
+    assert trainer._scored[0].grad_fn is None  # the last step's graph is gone
     assert "eval_reward" in trainer.evaluate(trainer.train_dataset)
 
 
