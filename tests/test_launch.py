@@ -25,6 +25,15 @@ def test_launched_with_an_adapter_it_leaves_a_model(tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+def test_a_line_per_rollout_is_what_one_sees(tmp_path, capsys):
+    shown = FLAGS[: FLAGS.index("--disable_tqdm")]
+    flags = [*shown, *SMALL, "--output_dir", str(tmp_path), "--max_steps", "2", "--logging_steps", "1"]
+    launch.main([*flags, "--num_iterations", "2"])
+    out, _ = capsys.readouterr()
+    assert re.findall(r"^update \d+: reward [\d.]+  length [\d.]+  kl_old [-\de.]+  loss [-\de.]+$", out, re.MULTILINE)
+    assert "completions/min_length" not in out
+
+
 def test_launched_without_one_its_model_can_be_evaluated(tmp_path):
     launch.main(
         [*FLAGS, *SMALL, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--algorithm", "grpo_drift"]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from transformers.utils import logging
 
 from minicpgd.errors import UserError, did_you_mean
 from minicpgd.policy import EMBEDDED, look_into, quiet
@@ -101,10 +102,12 @@ def settings(arguments: list[str] | None = None) -> tuple[Problems, "CPGDConfig"
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     if not torch.accelerator.is_available():
         given.insert(0, "--use_cpu")
+    logging.set_verbosity_warning()  # a bar is wanted, and with less than warnings TRL's config leaves it out
     with _in_one_line():
         problems, args, model, unknown = parser.parse_args_and_config(
             args=given, return_remaining_strings=True, fail_with_unknown_args=False
         )
+    quiet()
     if unknown:
         near = did_you_mean(unknown[0], parser._option_string_actions)
         raise UserError(f"{unknown[0]}: there is no such flag; {near}--help lists all")
