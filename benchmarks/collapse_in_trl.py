@@ -5,8 +5,9 @@
 
 The embedded model and its task, 16 rollouts of 8 prompts x 16 responses, 64 updates on each (4 minibatches, 16 passes),
 at two learning rates, held constant. All else is at its default or alike: Adam without decay, gradients clipped at norm
-1, ratios clipped to 1 +- 0.2, tokens averaged per response. Each run draws its own problems and responses: what is
-compared is what becomes of the runs.
+1, ratios clipped to 1 +- 0.2, tokens averaged per response. One thing is not: we draw new minibatches for each pass,
+TRL keeps those of the first. Each run draws its own problems and responses: what is compared is what becomes of the
+runs.
 
 Writes benchmarks/results/collapse_in_trl.csv, a line per rollout, the last of each run with the greedy accuracy on 256
 held-out problems, and docs/figures/peers/collapse_in_trl.png.
@@ -24,9 +25,9 @@ import pandas as pd
 import torch
 import tyro
 from matplotlib.figure import Figure
+from transformers import AutoTokenizer
 
 from minicpgd import TrainConfig, evaluate, load_run, train
-from minicpgd.evaluation import open_policy
 from minicpgd.plots.style import COLOURS, DASHES, styled
 from minicpgd.policy import EMBEDDED, Policy, quiet
 from minicpgd.progress import Bars
@@ -69,7 +70,7 @@ def in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[fl
 
     from minicpgd.integrations.trl import CPGDConfig, CPGDTrainer
 
-    task, policy = get_task("chain_arithmetic"), open_policy("embedded")[0]
+    task, tokenizer = get_task("chain_arithmetic"), AutoTokenizer.from_pretrained(EMBEDDED)
     settings = {
         "output_dir": folder,
         "seed": seed,
@@ -99,11 +100,11 @@ def in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[fl
         reward_funcs=task.reward,
         args=args,
         train_dataset=Dataset.from_list(task.sample(PROMPTS * ROLLOUTS, random.Random(seed))),
-        processing_class=policy.tokenizer,
+        processing_class=tokenizer,
     )
     trainer.train()
     rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
-    trained = Policy(trainer.accelerator.unwrap_model(trainer.model), policy.tokenizer)
+    trained = Policy(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
     return rewards, evaluate(trained, num_samples=1)["accuracy"]
 
 

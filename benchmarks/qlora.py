@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 import tyro
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from minicpgd import TrainConfig
 from minicpgd.architectures import model_config
@@ -50,6 +50,21 @@ def varied(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     return [float(len(completion) % 2) for completion in completions]
 
 
+def save_random(architecture: PretrainedConfig, folder: Path, dtype: torch.dtype, prompt: int) -> None:
+    """A model of random weights, a tokenizer with a word for each of its ids, and problems of `prompt` tokens."""
+    architecture.eos_token_id, architecture.pad_token_id, architecture.bos_token_id = 1, 0, None
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    words = [f"w{i}" for i in range(2, architecture.vocab_size)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", *words])}, "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    Policy(model, fast).save(folder / "model")
+    problems = [{"prompt": " ".join(words[i : i + prompt]), "answer": "1"} for i in range(200)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+
+
 def make(size: str, folder: Path) -> TrainConfig:
     """Random weights of a model's true shape in a folder, with problems; the settings of its recipe."""
     config = load_recipe(RECIPES.get(size, RECIPES["0.5b"])).config
@@ -58,17 +73,7 @@ def make(size: str, folder: Path) -> TrainConfig:
         architecture = AutoConfig.for_model(shape.pop("model_type"), **shape)
     else:
         architecture = model_config(config.model)
-    architecture.eos_token_id, architecture.pad_token_id, architecture.bos_token_id = 1, 0, None
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(architecture, dtype=torch.bfloat16)
-    words = [f"w{i}" for i in range(2, architecture.vocab_size)]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", *words])}, "<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    Policy(model, fast).save(folder / "model")
-    problems = [{"prompt": " ".join(words[i : i + PROMPT]), "answer": "1"} for i in range(200)]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    save_random(architecture, folder, torch.bfloat16, PROMPT)
     return replace(config, model=str(folder / "model"), task="jsonl", data=str(folder / "problems.jsonl"), reward=None)
 
 

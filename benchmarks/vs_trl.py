@@ -33,17 +33,17 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import tyro
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from qlora import save_random, varied
+from transformers import AutoTokenizer, LlamaConfig
 
 from minicpgd import TrainConfig
-from minicpgd.policy import EMBEDDED, Policy, quiet
+from minicpgd.policy import EMBEDDED, quiet
 from minicpgd.progress import Bars
 from minicpgd.tasks import task_of
 from minicpgd.trainer import Listener, train
 
 RESULTS = Path(__file__).parent / "results" / "vs_trl.csv"
-WARM_UP, PROMPT, VOCABULARY = 2, 32, 8192
+WARM_UP = 2
 STEPS = {"embedded": 22, "30m": 6}
 
 
@@ -52,42 +52,25 @@ def settings(size: str, folder: Path) -> TrainConfig:
     config = TrainConfig(algorithm="grpo", num_minibatches=4, max_steps=STEPS[size], max_completion_length=64)
     if size == "embedded":
         return config
-    torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=8192,
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=4,
         tie_word_embeddings=True,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
     )
-    model = LlamaForCausalLM(shape)
-    words = [f"w{i}" for i in range(2, VOCABULARY)]
-    tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", *words])}, "<pad>"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    Policy(model, PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>")).save(
-        folder / "model"
-    )
-    problems = [{"prompt": " ".join(words[i : i + PROMPT]), "answer": "1"} for i in range(512)]
-    pd.DataFrame(problems).to_json(folder / "problems.jsonl", orient="records", lines=True)
+    save_random(shape, folder, torch.float32, prompt=32)
     return replace(
         config,
         model=str(folder / "model"),
         task="jsonl",
         data=str(folder / "problems.jsonl"),
-        reward=f"{Path(__file__).stem}:parity",
+        reward="qlora:varied",
         num_prompts=8,
         num_generations=8,
     )
-
-
-def parity(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """A reward that random text gets now and then."""
-    return [float(len(completion) % 2) for completion in completions]
 
 
 def ours(config: TrainConfig, tell: Callable[[dict], None]) -> None:
@@ -154,7 +137,7 @@ def trls(config: TrainConfig, tell: Callable[[dict], None]) -> None:
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
         trainer = Timed(
             model=name,
-            reward_funcs=parity if config.reward else task.reward,
+            reward_funcs=varied if config.reward else task.reward,
             train_dataset=Dataset.from_list(task.sample(config.num_prompts * config.max_steps, random.Random(0))),
             processing_class=AutoTokenizer.from_pretrained(name),
             callbacks=[Told()],

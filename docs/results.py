@@ -138,17 +138,18 @@ def vs_trl() -> pd.DataFrame:
     medians = table.groupby(["size", "device", "by"], sort=False).median(numeric_only=True)
     rows = []
     for (size, device), pair in medians.groupby(["size", "device"], sort=False):
-        pair = pair.droplevel(["size", "device"])
-        for loop, row in (("ours", pair.loc["minicpgd"]), ("TRL's", pair.loc["trl"])):
-            told = {"model": size, "loop": loop, "s per step": f"{row['seconds']:.2f}"}
+        ours, trls = (pair.droplevel(["size", "device"]).loc[by] for by in ("minicpgd", "trl"))
+        for loop, row, bold, number in (
+            ("ours", ours, "", ",.0f"),
+            ("TRL's", trls, "", ",.0f"),
+            ("ours / TRL's", ours / trls, "**", ".2f"),
+        ):
+            told = {"model": size, "loop": f"{bold}{loop}{bold}", "s per step": f"{bold}{row['seconds']:.2f}{bold}"}
             told |= {name: f"{row[name]:.2f}" for name in ("rollout", "scoring", "update")}
-            told |= {"tokens / s": f"{row['tokens_per_second']:,.0f}", "peak, MiB": f"{row['peak_mib']:,.0f}"}
-            rows.append(told | {"reward": f"{row['reward_first']:.2f} to {row['reward_last']:.2f}", "on": device})
-        share = pair.loc["minicpgd"] / pair.loc["trl"]
-        told = {"model": size, "loop": "**ours / TRL's**", "s per step": f"**{share['seconds']:.2f}**"}
-        told |= {name: f"{share[name]:.2f}" for name in ("rollout", "scoring", "update")}
-        told |= {"tokens / s": f"{share['tokens_per_second']:.2f}", "peak, MiB": f"**{share['peak_mib']:.2f}**"}
-        rows.append(told | {"reward": "", "on": ""})
+            told["tokens / s"] = f"{row['tokens_per_second']:{number}}"
+            told["peak, MiB"] = f"{bold}{row['peak_mib']:{number}}{bold}"
+            told["reward"] = "" if bold else f"{row['reward_first']:.2f} to {row['reward_last']:.2f}"
+            rows.append(told | {"on": "" if bold else device})
     return pd.DataFrame(rows)
 
 

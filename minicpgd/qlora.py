@@ -136,7 +136,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Have each layer's activations computed again in the backward pass, instead of kept."""
-    # transformers 5.10, the newest that verl 0.9.1 allows, has it under its old name alone
+    # the older transformers that verl 0.9.1 wants has it under its old name alone
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 

@@ -23,12 +23,8 @@ from minicpgd.tasks import get_task
 
 PROCESSES = 2
 JOBS = {
-    "cpgd": {"learning_rate": 1e-4, "num_iterations": 4, "max_steps": 48},
-    "dapo": {
-        "learning_rate": 1e-4,
-        "num_iterations": 2,
-        "max_steps": 4,
-    },  # a mean over tokens: ranks have unlike shares
+    "cpgd": {"num_iterations": 4, "max_steps": 48},
+    "dapo": {"num_iterations": 2, "max_steps": 4},  # a mean over tokens, of which the ranks have unequal shares
 }
 
 
@@ -43,7 +39,7 @@ class Recorded(CPGDTrainer):
         else:
             (expected, completion_ids), logprobs = self.replayed.pop(0), None
             assert prompt_ids == expected, "another order of prompts"
-        self.recorded = [*getattr(self, "recorded", []), (prompt_ids, completion_ids)]
+        self.recorded.append((prompt_ids, completion_ids))
         return completion_ids, logprobs
 
 
@@ -60,6 +56,7 @@ def train(name: str, folder: Path, rank: int, world: int) -> None:
             gradient_accumulation_steps=PROCESSES // world,
             num_generations=16,
             max_completion_length=64,
+            learning_rate=1e-4,
             lr_scheduler_type="constant",
             logging_steps=1,
             save_strategy="no",
@@ -72,6 +69,7 @@ def train(name: str, folder: Path, rank: int, world: int) -> None:
         train_dataset=Dataset.from_list(task.sample(512, random.Random(0))),
         processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
     )
+    trainer.recorded = []
     if world == 1:
         ranks = [json.loads((folder / f"{name}-responses-{rank}.json").read_text()) for rank in range(PROCESSES)]
         trainer.replayed = [[a + b for a, b in zip(*turn, strict=True)] for turn in zip(*ranks, strict=True)]

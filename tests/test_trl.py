@@ -336,7 +336,7 @@ def test_a_run_logs_trls_metrics_and_ours_and_goes_through_an_evaluation(make):
     assert first["kl_old"] == pytest.approx(0, abs=1e-9)
     assert second["ratio_min"] < 1 < second["ratio_max"]
     assert second["kl_old"] > 0
-    assert trainer._scored[0].grad_fn is None  # the last step's graph is gone
+    assert not any(made.requires_grad for made in trainer._scored if made is not None)  # no graph outlives its step
     assert "eval_reward" in trainer.evaluate(trainer.train_dataset)
 
 

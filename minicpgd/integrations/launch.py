@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from transformers import AutoTokenizer, ProgressCallback
 from transformers.utils import logging
 
 from minicpgd.errors import UserError, did_you_mean
@@ -33,7 +34,6 @@ from minicpgd.rewards import RewardFunction, load_reward
 from minicpgd.tasks import Task, get_task
 
 if TYPE_CHECKING:
-    from transformers import ProgressCallback
     from trl import ModelConfig
 
     from minicpgd.integrations.trl import CPGDConfig, CPGDTrainer
@@ -48,6 +48,17 @@ class Problems:
     reward: str | None = field(default=None, metadata={"help": "As in `minicpgd train`; None: the task's own."})
     instruction: str | None = field(default=None, metadata={"help": "Below each problem, in place of the task's."})
     num_problems: int = field(default=4096, metadata={"help": "Problems drawn from the task, to be gone over in turn."})
+
+
+class LinePerRollout(ProgressCallback):
+    """transformers' bar; of what is logged, four numbers instead of forty."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """A line, where what is logged has a rollout in it."""
+        if self.training_bar is not None and "reward" in (logs or {}):
+            names = {"reward": "reward", "completions/mean_length": "length", "kl_old": "kl_old", "loss": "loss"}
+            told = "  ".join(f"{short} {logs[name]:.3g}" for name, short in names.items() if name in logs)
+            self.training_bar.write(f"update {state.global_step}: {told}")
 
 
 def rows_of(task: Task, num_problems: int, seed: int, *, chat: bool) -> list[dict[str, Any]]:
@@ -124,7 +135,6 @@ def _check_folders(args: "CPGDConfig") -> None:
 
 def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "CPGDTrainer":
     from datasets import Dataset
-    from transformers import AutoTokenizer, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
     from minicpgd.integrations.trl import CPGDTrainer
@@ -156,23 +166,8 @@ def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "C
         )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_line_per_rollout())
+        trainer.add_callback(LinePerRollout)
     return trainer
-
-
-def _line_per_rollout() -> "ProgressCallback":
-    from transformers import ProgressCallback
-
-    class Line(ProgressCallback):
-        """The bar of transformers; of what is logged, four numbers instead of forty."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if self.training_bar is not None and "reward" in (logs or {}):
-                names = {"reward": "reward", "completions/mean_length": "length", "kl_old": "kl_old", "loss": "loss"}
-                told = "  ".join(f"{short} {logs[name]:.3g}" for name, short in names.items() if name in logs)
-                self.training_bar.write(f"update {state.global_step}: {told}")
-
-    return Line()
 
 
 @contextmanager

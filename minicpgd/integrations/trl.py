@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minicpgd.algorithms import ALGORITHMS, LossOutput, auto_drift_coef
+from minicpgd.algorithms import ALGORITHMS, LossOutput, auto_drift_coef, token_metrics
 from minicpgd.config import TrainConfig
-from minicpgd.divergence import k3
 from minicpgd.errors import ConfigError, UserError
 
 try:
@@ -196,8 +195,8 @@ class CPGDTrainer(GRPOTrainer):
         TRL's loss is computed, for its metrics, and dropped: no copy of its code to keep in step.
         """
         super()._compute_loss(model, inputs)
-        logp, entropy, aux_loss = self._scored
-        self._scored = logp.detach(), entropy, aux_loss  # the graph is not to outlive this step
+        logp, entropy, aux_loss = self._scored  # of which no graph is to outlive its step
+        self._scored = logp.detach(), entropy.detach(), None if aux_loss is None else aux_loss.detach()
         mask, old_logp = _mask(inputs), inputs.get("old_per_token_logps")
         weights = self.algorithm.token_weights(mask, self.max_completion_length, self.args.aggregation)
         if "importance_sampling_ratio" in inputs:  # what vLLM sampled with, against what is trained
@@ -235,15 +234,15 @@ class CPGDTrainer(GRPOTrainer):
 
     def _log_ours(self, output: LossOutput) -> None:
         """Our metrics over all processes: means over tokens, and the extremes."""
-        d = output.log_ratio[output.mask].double()
-        clipped, positive = output.clipped[output.mask], output.advantages[output.mask] > 0
-        sums = [d.new_tensor(len(d)), k3(d).sum(), (clipped & positive).sum(), (clipped & ~positive).sum()]
-        count, *totals = self.accelerator.reduce(torch.stack([s.double() for s in sums]), reduction="sum").tolist()
-        ends = torch.stack([-d.amin(), d.amax()]) if len(d) else d.new_zeros(2)
-        low, high = self.accelerator.gather(ends[None]).amax(dim=0).exp().tolist()
-        names = ("kl_old", "clip_frac_pos", "clip_frac_neg")
-        metrics = {name: total / max(count, 1) for name, total in zip(names, totals, strict=True)}
-        metrics |= {"ratio_min": 1 / low, "ratio_max": high}
+        means = ("kl_old", "clip_frac_pos", "clip_frac_neg")
+        told = dict.fromkeys(means, 0.0) | {"ratio_min": 1.0, "ratio_max": 1.0} | token_metrics([output])
+        tokens = output.mask.sum().double()
+        sums = self.accelerator.reduce(
+            tokens * tokens.new_tensor([1.0, *(told[name] for name in means)]), reduction="sum"
+        )
+        ends = self.accelerator.gather(tokens.new_tensor([[-told["ratio_min"], told["ratio_max"]]])).amax(dim=0)
+        metrics = dict(zip(means, (sums[1:] / sums[0].clamp(min=1)).tolist(), strict=True))
+        metrics |= {"ratio_min": -ends[0].item(), "ratio_max": ends[1].item()}
         if self.algorithm.drift:
             metrics["drift_coef"] = self.drift_coef
         for name, value in metrics.items():
