@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minicpgd.errors import is_out_of_memory
+
 KEEP = 2
 
 
@@ -61,7 +63,7 @@ def save_checkpoint(
             tensors[f"optimizer.{i}.{name}"] = value.clone() if shared else torch.as_tensor(value)
     header = {"step": step, "extra": extra}
     header["digest"] = _digest(tensors, header)
-    path = folder / f"step-{step:06d}.safetensors"
+    path = folder / _name(step)
     folder.mkdir(exist_ok=True)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"minicpgd": json.dumps(header)}))
     for old in _newest_first(folder)[KEEP:]:
@@ -80,8 +82,17 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
                 raise ValueError("its content does not match its digest")
             return Checkpoint(path, header["step"], tensors, header["extra"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
             warn(f"{path}: damaged ({error}); going back to the one before")
     return None
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps: they were damaged, and must not take the place of a whole one."""
+    for path in _newest_first(folder):
+        if path.name > _name(step):
+            path.unlink()
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -97,6 +108,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
             is_int = value.dtype == torch.int64 and value.dim() == 0  # bitsandbytes counts its steps so
             state.setdefault(int(i), {})[name] = value.item() if is_int else value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}.safetensors"
 
 
 def _newest_first(folder: Path) -> list[Path]:

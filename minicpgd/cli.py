@@ -6,18 +6,19 @@ What the user can put right is told in one line, with exit code 2.
 import contextlib
 import functools
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import torch
 import tyro
 
 from minicpgd import commands, inspecting, planning
 from minicpgd.config import TrainConfig, load_config
-from minicpgd.errors import UserError
+from minicpgd.errors import UserError, is_out_of_memory
 from minicpgd.memory import PROMPT_LENGTH
 from minicpgd.policy import quiet
 from minicpgd.recipes import KNOWN, load_recipe
@@ -109,29 +110,30 @@ def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 
 def main() -> None:
-    """Entry point of `minicpgd`."""
+    """Run the command that was typed; leaves by SystemExit where something went wrong."""
     quiet()
     sys.path.insert(0, "")  # as `python -m` has it: a reward function may lie in the folder one is in
     try:
         parse(sys.argv[1:])()
     except UserError as error:
-        print(f"minicpgd: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _leave(" ".join(str(error).split()))
+    except BrokenPipeError:  # whoever read us has gone, as in `minicpgd ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else leaving, too, would write there
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a disk, a permission: it names the file
-        print(f"minicpgd: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(
-            "minicpgd: the card's memory is full; checkpoints are kept. Less is needed with --gradient-checkpointing, "
-            "--micro-batch-tokens 2048, --rollout-batch-size 16; `minicpgd memory --gpu GB` says what fits "
-            f"({' '.join(str(error).split())[:120]})",
-            file=sys.stderr,
+        _leave(str(error))
+    except (RuntimeError, MemoryError) as error:  # torch tells of a full memory in either
+        if not is_out_of_memory(error):
+            raise
+        _leave(
+            "the memory is full; checkpoints are kept. Less is needed with --gradient-checkpointing, "
+            "--micro-batch-tokens 2048, --rollout-batch-size 16; `minicpgd memory` says what a run takes "
+            f"({' '.join(str(error).split())[:120] or type(error).__name__})"
         )
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("minicpgd: stopped. What is finished is kept; a study goes on with the same command", file=sys.stderr)
-        sys.exit(130)
+        _leave("stopped. What is finished is kept; a study goes on with the same command", code=130)
 
 
-if __name__ == "__main__":
-    main()
+def _leave(line: str, code: int = 2) -> NoReturn:
+    print(f"minicpgd: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -129,6 +129,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> None:
 
         listener = Listener(
             loaded=loaded,
+            resumed=lambda step: console.print(f"going on after step {step}"),
             step=heard,
             warn=lambda line: print(f"warning: {line}", file=sys.stderr),
             stop=lambda: bool(interrupted),

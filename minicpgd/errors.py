@@ -26,3 +26,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     near.sort(key=lambda other: sorted(other) != sorted(name))  # swapped letters first
     return f"did you mean {near[0]!r}? " if near else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is full: Python has a class for it, a card another, torch on a CPU none."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)

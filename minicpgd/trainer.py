@@ -11,9 +11,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minicpgd.checkpoint import load_checkpoint, restore, save_checkpoint
+from minicpgd.checkpoint import forget_after, load_checkpoint, restore, save_checkpoint
 from minicpgd.config import TrainConfig
-from minicpgd.errors import NonFiniteError, UserError
+from minicpgd.errors import NonFiniteError, UserError, is_out_of_memory
 from minicpgd.learner import Learner
 from minicpgd.policy import Policy
 from minicpgd.runlog import RunLog, refuse_existing
@@ -23,10 +23,11 @@ from minicpgd.runlog import RunLog, refuse_existing
 class Listener:
     """How a caller hears of a run, and stops it.
 
-    `loaded(policy)`, `step(step, metrics, timings)`, `warn(line)`, `stop() -> bool`.
+    `loaded(policy)`, `resumed(step)`, `step(step, metrics, timings)`, `warn(line)`, `stop() -> bool`.
     """
 
     loaded: Callable[[Policy], None] = lambda policy: None
+    resumed: Callable[[int], None] = lambda step: None
     step: Callable[[int, dict[str, float], dict[str, float]], None] = lambda step, metrics, timings: None
     warn: Callable[[str], None] = lambda line: None
     stop: Callable[[], bool] = lambda: False
@@ -66,10 +67,12 @@ def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
     checkpoint = load_checkpoint(log.folder / "checkpoints", listener.warn)
     done = checkpoint.step if checkpoint else -1
     log.keep_until(done)
+    forget_after(log.folder / "checkpoints", done)
     saved = checkpoint.path if checkpoint else None
     if checkpoint:
         restore(checkpoint, learner.policy.model, learner.optimizer)
         learner.drift_coef = checkpoint.extra["drift_coef"]
+        listener.resumed(done)
 
     for step in range(done + 1, config.max_steps + 1):
         try:
@@ -100,6 +103,8 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{folder}: cannot be written ({error}); what is there is intact. Once there is room, go on with "
             f"`minicpgd train --resume {folder}`"

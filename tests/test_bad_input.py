@@ -214,7 +214,7 @@ def test_the_command_line_says_it_in_one_line(arguments, words, tmp_path, monkey
 def test_a_resume_on_the_command_line_names_what_changed(small):
     run = train(small())
     done = subprocess.run(
-        [sys.executable, "-m", "minicpgd.cli", "train", "--resume", str(run), "--seed", "7", "--epsilon", "0.3"],
+        [sys.executable, "-m", "minicpgd", "train", "--resume", str(run), "--seed", "7", "--epsilon", "0.3"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2

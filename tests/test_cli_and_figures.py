@@ -37,7 +37,7 @@ def cli(monkeypatch, capsys):
 def test_the_demo_from_end_to_end(tmp_path):
     """All four algorithms in processes of their own, at a sixteenth of the updates."""
     done = subprocess.run(
-        [sys.executable, "-m", "minicpgd.cli", "demo", "--max-steps", "10", "--num-iterations", "1"],
+        [sys.executable, "-m", "minicpgd", "demo", "--max-steps", "10", "--num-iterations", "1"],
         capture_output=True, text=True, timeout=300, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

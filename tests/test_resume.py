@@ -27,7 +27,7 @@ KILLS = int(os.environ.get("MINICPGD_KILLS", "3"))
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "minicpgd.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "minicpgd", *map(str, arguments)]
 
 
 def run_cli(*arguments, **more):

@@ -206,7 +206,7 @@ def test_one_writer_at_a_time(small):
         if step == 2:
             before = (config.folder / "metrics.jsonl").read_bytes()
             other = subprocess.run(
-                [sys.executable, "-m", "minicpgd.cli", "train", "--resume", str(config.folder)],
+                [sys.executable, "-m", "minicpgd", "train", "--resume", str(config.folder)],
                 capture_output=True, text=True,
             )  # fmt: skip
             assert other.returncode == 2

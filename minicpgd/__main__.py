@@ -1,0 +1,23 @@
+"""The way in: `minicpgd`, or `python -m minicpgd`.
+
+Importing torch takes seconds. Nothing can be lost in them, so Ctrl-C then ends the process without a word; and so it
+does while the process is leaving.
+"""
+
+import signal
+
+
+def main() -> None:
+    """Entry point of `minicpgd`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from minicpgd import cli
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        cli.main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    main()
