@@ -4,78 +4,62 @@
     python benchmarks/faults.py --count 200 --write    # writes benchmarks/results/faults.csv
 
 A run is started in a process of its own, and at a random moment a fault strikes it. What it leaves is compared with a
-run that was left in peace; it is resumed, struck again, resumed, and so to its end, where every file has to be the same,
-byte for byte. A quarter of all faults strike while the process is still starting or reading its checkpoint.
+run that was left in peace; it is resumed, struck again, resumed, and so to its end, where every file has to be the
+same, byte for byte. Of all faults, one in four strikes in the first six seconds of a process: while it imports torch,
+makes the run's folder, or reads its checkpoint.
 
 A fault counts as survived if the process ended by itself in time; said so in one line, without a traceback; left logs
-that begin like the undisturbed run's, and a newest intact checkpoint that is the undisturbed run's of that step; lost no
-step that had been saved; and went on from that very checkpoint. Exit code 1 if one did not.
+that begin like the undisturbed run's, and a newest intact checkpoint that is the undisturbed run's of that step; lost
+no step that had been saved; and went on from that very checkpoint. Exit code 1 if one did not.
 
 Runs live in a small tmpfs, so that the disk can be full in earnest. Where none may be mounted, a limit on the size of
 files stands in, and a line says so. Needs Linux.
 """
 
 import contextlib
-import ctypes
-import os
 import random
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import tyro
+from matplotlib.figure import Figure
+from rich.table import Table
+from striking import (
+    CODES,
+    FAULTS,
+    LOGS,
+    OVERSIZED,
+    SMALL,
+    Child,
+    Peace,
+    Undo,
+    heed_permissions,
+    intact,
+    into_a_namespace,
+    newest_first,
+    room_of,
+    start,
+    steps_logged,
+)
 
-from minicpgd import TrainConfig
 from minicpgd.checkpoint import Checkpoint, load_checkpoint
+from minicpgd.plots.style import COLOURS, styled
 from minicpgd.policy import quiet
 from minicpgd.progress import Bars, console
-from minicpgd.trainer import Listener, train
 
-RESULTS = Path(os.environ.get("FAULTS_OUT", Path(__file__).parent / "results" / "faults.csv"))
-ROOM_MIB = 64
+RESULTS = Path(__file__).parent / "results" / "faults.csv"
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "reliability" / "faults.png"
 TIME_LIMIT = 120  # seconds that a struck process has to end in
-LOGS = ("metrics.jsonl", "samples.jsonl", "passes.jsonl")
-SMALL = TrainConfig(
-    num_prompts=2, num_generations=4, num_minibatches=2, num_iterations=2, max_steps=24,
-    eval_problems=8, eval_steps=5, save_steps=3, logging_steps=2,
-)  # fmt: skip
-OVERSIZED = replace(SMALL, num_prompts=64, num_generations=16, num_iterations=1, max_steps=6, save_steps=1)
-"""Needs 700 MB more than it has when it starts."""
-
-
-@dataclass(frozen=True)
-class Peace:
-    """What the undisturbed run left: its files, and each checkpoint that it ever wrote."""
-
-    config: TrainConfig
-    files: dict[str, bytes]
-    checkpoints: dict[int, bytes]
-
-    @classmethod
-    def of(cls, config: TrainConfig, folder: Path) -> "Peace":
-        checkpoints: dict[int, bytes] = {}
-
-        def keep(step: int, *_: object) -> None:
-            path = folder / "checkpoints" / f"step-{step:06d}.safetensors"
-            checkpoints.update({step: path.read_bytes()} if path.exists() else {})
-
-        # saved at every step: a signal saves where no checkpoint was due
-        config = replace(config, output_dir=str(folder))
-        train(replace(config, save_steps=1), listener=Listener(step=keep))
-        return cls(
-            config, {name: (folder / name).read_bytes() for name in (*LOGS, "model/model.safetensors")}, checkpoints
-        )
 
 
 @dataclass
@@ -93,134 +77,6 @@ class Case:
     shown: str = ""  # what a user should not have seen
 
 
-@dataclass
-class Child:
-    """A training process, and what a fault has to know of it."""
-
-    process: subprocess.Popen[str]
-    folder: Path
-    rng: random.Random
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a run."""
-    return sorted((folder / "checkpoints").glob("step-*.safetensors"), reverse=True)
-
-
-# Each fault strikes a child, and returns what undoes it.
-
-
-def kill(child: Child) -> Callable[[], None]:
-    child.process.kill()
-    return lambda: None
-
-
-def send(*numbers: signal.Signals) -> Callable[[Child], Callable[[], None]]:
-    def strike(child: Child) -> Callable[[], None]:
-        for i, number in enumerate(numbers):
-            time.sleep(child.rng.uniform(0, 0.3) if i else 0)
-            child.process.send_signal(number)
-        return lambda: None
-
-    return strike
-
-
-def fill_disk(child: Child) -> Callable[[], None]:
-    """All but the last few kilobytes, or nearly the size of a checkpoint."""
-    room, left = child.folder.parent, child.rng.choice([0, 10_000, child.rng.randrange(2_000_000)])
-    if not os.path.ismount(room):
-        resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (left, left))
-        return lambda: None
-    ballast = room / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(65536))
-    os.truncate(ballast, max(0, ballast.stat().st_size - left))
-    return ballast.unlink
-
-
-def forbid(child: Child) -> Callable[[], None]:
-    """Nothing may be written any more, in the run's folder or beside it."""
-
-    def allow(folders: int, files: int) -> None:
-        for path in (child.folder.parent, *child.folder.parent.rglob("*")):
-            with contextlib.suppress(FileNotFoundError):  # one of the child's temporary files
-                path.chmod(folders if path.is_dir() else files)
-
-    allow(0o555, 0o444)
-    return lambda: allow(0o755, 0o644)
-
-
-def damage(how: Callable[[bytearray, random.Random], bytes]) -> Callable[[Child], Callable[[], None]]:
-    def strike(child: Child) -> Callable[[], None]:
-        kill(child)
-        child.process.wait()
-        for newest in newest_first(child.folder)[:1]:
-            newest.write_bytes(how(bytearray(newest.read_bytes()), child.rng))
-        return lambda: None
-
-    return strike
-
-
-def truncated(content: bytearray, rng: random.Random) -> bytes:
-    return bytes(content[: rng.randrange(len(content))])
-
-
-def flipped(content: bytearray, rng: random.Random) -> bytes:
-    for _ in range(rng.choice([1, 1, 100])):
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    return bytes(content)
-
-
-def starve(child: Child) -> Callable[[], None]:
-    """Memory for a part of the batch, and no more."""
-    pages = int(Path(f"/proc/{child.process.pid}/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + child.rng.randrange(300_000_000)
-    resource.prlimit(child.process.pid, resource.RLIMIT_AS, (limit, limit))
-    return lambda: None
-
-
-FAULTS: dict[str, Callable[[Child], Callable[[], None]]] = {
-    "kill -9": kill,
-    "SIGINT": send(signal.SIGINT),
-    "SIGINT twice": send(signal.SIGINT, signal.SIGINT),
-    "SIGTERM": send(signal.SIGTERM),
-    "disk full": fill_disk,
-    "folder read-only": forbid,
-    "checkpoint truncated": damage(truncated),
-    "checkpoint bits flipped": damage(flipped),
-    "memory exhausted": starve,
-}
-CODES = {
-    "kill -9": {-9},
-    "checkpoint truncated": {-9},
-    "checkpoint bits flipped": {-9},
-    "SIGINT": {130, -2},  # negative: before minicpgd began, or after it had ended
-    "SIGINT twice": {130, -2},
-    "SIGTERM": {143, -15},
-}
-
-
-def steps_logged(folder: Path) -> int:
-    """The last step in the log; -1 where there is none."""
-    path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") - 1 if path.exists() else -1
-
-
-def start(folder: Path, config: TrainConfig) -> subprocess.Popen[str]:
-    if (folder / "config.json").exists():
-        flags = ["--resume", str(folder)]
-    else:
-        changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(TrainConfig(), f.name)]
-        asked = {name: str(getattr(config, name)) for name in changed} | {"output_dir": str(folder)}
-        flags = [word for name, value in asked.items() for word in ("--" + name.replace("_", "-"), value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "500"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "minicpgd", "train", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-
-
 def wait_for_the_moment(child: Child, fault: str) -> None:
     """A random one: of its start, or within one of its next eight steps."""
     if fault != "memory exhausted" and child.rng.random() < 0.25:
@@ -228,7 +84,7 @@ def wait_for_the_moment(child: Child, fault: str) -> None:
         while time.monotonic() < deadline and child.process.poll() is None:
             time.sleep(0.01)
         return
-    before, wanted = steps_logged(child.folder), child.rng.randint(1, 8)
+    before, wanted = steps_logged(child.folder), child.rng.randint(1, 3 if fault == "memory exhausted" else 8)
     seen = before
     while seen < before + wanted and child.process.poll() is None:
         time.sleep(0.01)
@@ -237,23 +93,15 @@ def wait_for_the_moment(child: Child, fault: str) -> None:
     time.sleep(child.rng.uniform(0, 0.3))
 
 
-def intact(folder: Path, peace: Peace) -> list[int]:
-    """The steps of the checkpoints that are the undisturbed run's, byte for byte, newest first."""
-    found = []
-    for path in newest_first(folder):
-        step = int(path.stem.partition("-")[2])
-        with contextlib.suppress(FileNotFoundError):  # replaced by a newer one just now
-            found += [step] if path.read_bytes() == peace.checkpoints[step] else []
-    return found
-
-
 def strike(fault: str, child: Child, peace: Peace) -> tuple[Case, str]:
-    """One fault, from the moment it strikes to the end of the process: what came of it, and what was said until then."""
+    """One fault, from the moment it strikes to the end of the process: what came of it, and what was on stdout."""
     saved = intact(child.folder, peace)
     if fault.startswith("checkpoint") and saved and newest_first(child.folder)[0].stem.endswith(f"{saved[0]:06d}"):
         del saved[0]
     case, struck = Case(fault, steps_logged(child.folder), saved[0] if saved else -1), time.monotonic()
-    undo = FAULTS[fault](child)
+    undo: Undo = lambda: None  # noqa: E731
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended just now
+        undo = FAULTS[fault](child)
     try:
         out, err = child.process.communicate(timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired:
@@ -267,6 +115,8 @@ def strike(fault: str, child: Child, peace: Peace) -> tuple[Case, str]:
     case.resumed = found.step if found else -1
     case.lost = max(0, case.saved - case.resumed)
     case.wrong = differing(child.folder, peace, found)
+    if "stopped and saved" in out and case.resumed != steps_logged(child.folder):
+        case.wrong += f" step {steps_logged(child.folder)} was not saved"
     return case, out
 
 
@@ -311,6 +161,7 @@ class Victim:
 
     @property
     def folder(self) -> Path:
+        """Of the run at hand."""
         return self.room / "run"
 
     def suffer(self, fault: str) -> Case:
@@ -344,13 +195,6 @@ class Victim:
             self.last.wrong += differing_at_the_end(self.folder, self.peace) if child.process.returncode == 0 else err
         shutil.rmtree(self.folder)
         self.last = None
-
-
-def room_of(base: Path, name: str) -> Path:
-    """A folder with little room on its disk."""
-    (room := base / name).mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM_MIB}m", "tmpfs", room], check=False, capture_output=True)
-    return room
 
 
 def main(count: int = 40, jobs: int = 2, seed: int | None = None, write: bool = False) -> None:
@@ -391,42 +235,54 @@ def main(count: int = 40, jobs: int = 2, seed: int | None = None, write: bool = 
     report(table, seed)
     if write:
         table.to_csv(RESULTS, index=False)
-        console.print(f"table   {RESULTS}")
+        draw(pd.read_csv(RESULTS)).savefig(FIGURE)
+        console.print(f"table   {RESULTS}\nfigure  {FIGURE}")
     sys.exit(1 if any(map(failed, cases)) else 0)
 
 
 def failed(case: Case) -> bool:
+    """Whether something was lost, wrong, or shown that should not have been."""
     return bool(case.lost or case.wrong or case.shown)
 
 
 def report(table: pd.DataFrame, seed: int) -> None:
-    """One line per kind of fault, then one for each case that was not survived."""
+    """A line per kind of fault, then one for each case that was not survived."""
+    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("fault", "times", "lost steps", "wrong", "told badly", "median s", "longest"):
+        shown.add_column(name, justify="left" if name == "fault" else "right", no_wrap=True)
     for fault, rows in table.groupby("fault"):
-        console.print(
-            f"{fault:24}{len(rows):4} times, {(rows.lost > 0).sum()} lost steps, {(rows.wrong != '').sum()} wrong resumes, "
-            f"{(rows.shown != '').sum()} told badly; ended after {rows.seconds.median():.1f} s, at most {rows.seconds.max():.1f} s"
-        )
+        counts = (len(rows), (rows.lost > 0).sum(), (rows.wrong != "").sum(), (rows.shown != "").sum())
+        seconds = (f"{rows.seconds.median():.1f}", f"{rows.seconds.max():.1f}")
+        shown.add_row(str(fault), *map(str, counts), *seconds)
+    console.print(shown)
     for row in table.itertuples():
         if row.lost or row.wrong or row.shown:
             console.print(f"NOT SURVIVED (seed {seed}): {row}", markup=False)
 
 
-def into_a_namespace() -> None:
-    """Start again where a tmpfs may be mounted, and unseen by others, if this machine lets us."""
-    if "MINICPGD_FAULTS" in os.environ:
-        return
-    os.environ["MINICPGD_FAULTS"] = "inside"
-    unshare = ["unshare", "--map-root-user", "--mount"]
-    try:
-        mounts = subprocess.run([*unshare, "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()], capture_output=True)
-        if mounts.returncode == 0:
-            os.execvp("unshare", [*unshare, sys.executable, *sys.argv])
-    except FileNotFoundError:
-        pass
-    print("no tmpfs may be mounted here: a limit on the size of files stands in for a full disk")
+@styled
+def draw(table: pd.DataFrame) -> Figure:
+    """Where each fault struck, and how far back the run had to go."""
+    survived = (table.lost == 0) & table.wrong.isna() & table.shown.isna()
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    kinds = [kind for kind in FAULTS if kind in set(table.fault)][::-1]
+    for place, kind in enumerate(kinds):
+        rows = table[table.fault == kind].sort_values("struck")
+        heights = place + np.linspace(-0.33, 0.33, len(rows))
+        back = rows.resumed.clip(lower=0, upper=rows.struck.clip(lower=0))  # after a signal it is a step ahead
+        axes.hlines(heights, back, rows.struck.clip(lower=0), color=COLOURS[4], linewidth=1.6)
+        for fine, marker, colour in ((True, "o", COLOURS[0]), (False, "X", COLOURS[1])):
+            these = (survived[rows.index] == fine).to_numpy()
+            axes.plot(rows.struck.clip(lower=0)[these], heights[these], marker, color=colour, markersize=3.5)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("step of the run (the line: steps that were not saved yet, and were made again)")
+    axes.set_title(f"{len(table)} faults, {int(survived.sum())} survived")
+    return figure
 
 
 if __name__ == "__main__":
     into_a_namespace()
-    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: even root's children heed a read-only folder
+    heed_permissions()
     tyro.cli(main)

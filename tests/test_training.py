@@ -41,12 +41,10 @@ def test_cpgd_learns_to_work_it_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_row_trains_and_repeats_itself_to_the_byte(small, name):
+def test_every_row_trains(small, name):
+    """That each repeats itself to the byte is shown in test_determinism.py."""
     changes = {"algorithm": name, "max_steps": 2, "num_iterations": 2, "eval_steps": 1, "logging_steps": 1}
-    first, again = (train(small(folder, **changes)) for folder in ("first", "again"))
-    for file in ("metrics.jsonl", "samples.jsonl", "passes.jsonl", "model/model.safetensors"):
-        assert (first / file).read_bytes() == (again / file).read_bytes()
-    other = train(small("other", seed=1, **changes))
+    first, other = train(small("first", **changes)), train(small("other", seed=1, **changes))
     assert (first / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes()
     config, metrics, samples = load_run(first)
     assert config == small("first", **changes)

@@ -1,0 +1,82 @@
+"""A long run: does it grow, or slow down?
+
+    python benchmarks/long_run.py              # 2,000 steps, half an hour; writes benchmarks/results/long_run.csv
+    python benchmarks/long_run.py --steps 50   # to try it; nothing is written
+
+The embedded model with the settings of `minicpgd train`, 256 responses and 4 updates a step, with its evaluations and
+checkpoints. After every step: the memory that the process holds, and the processor's seconds that the step took, which
+a busy machine changes less than the clock's. Slopes are those of a straight line through all steps after the first
+tenth, in which caches fill.
+"""
+
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+
+from minicpgd import TrainConfig
+from minicpgd.policy import quiet
+from minicpgd.progress import Bars, console
+from minicpgd.trainer import Listener, train
+
+RESULTS = Path(__file__).parent / "results" / "long_run.csv"
+STEPS = 2000
+
+
+def main(steps: int = STEPS) -> None:
+    """Train, and look at the process after every step."""
+    quiet()
+    torch.set_num_threads(1)
+    rows, began = [], time.process_time()
+    with tempfile.TemporaryDirectory() as folder, Bars(["long run"], steps) as bars:
+
+        def look(step: int, metrics: dict[str, float], _: object) -> None:
+            nonlocal began
+            now = time.process_time()
+            rows.append((step, held_mib(), now - began, metrics["completion_length"], metrics["reward"]))
+            bars.update(0, step, f"{rows[-1][1]:.1f} MiB")
+            began = time.process_time()
+
+        config = TrainConfig(max_steps=steps, output_dir=str(Path(folder) / "run"))
+        train(config, listener=Listener(step=look))
+    table = pd.DataFrame(rows, columns=["step", "held_mib", "cpu_seconds", "tokens_per_response", "reward"])
+    for line in summary(table):
+        console.print(line)
+    if steps == STEPS:
+        table.round(4).to_csv(RESULTS, index=False)
+        console.print(f"table   {RESULTS}")
+
+
+def held_mib() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def slope(table: pd.DataFrame, column: str) -> float:
+    """Per 1,000 steps, after the first tenth, of steps that evaluate nothing."""
+    kept = table[(table.step > len(table) / 10) & (table.step % TrainConfig().eval_steps != 0)]
+    return 1000 * float(np.polyfit(kept.step, kept[column], 1)[0])
+
+
+def summary(table: pd.DataFrame) -> list[str]:
+    """What a reader wants to know of the table."""
+    kept = table[table.step > len(table) / 10].assign(per_token=table.cpu_seconds / table.tokens_per_response)
+    first, last = kept.iloc[:100], kept.iloc[-100:]
+    return [
+        f"memory     {first.held_mib.mean():.1f} MiB in the first 100 steps, {last.held_mib.mean():.1f} in the last; "
+        f"{slope(table, 'held_mib'):+.2f} MiB per 1,000 steps",
+        f"a step     {first.cpu_seconds.median():.3f} s at first, {last.cpu_seconds.median():.3f} s at last; "
+        f"{slope(table, 'cpu_seconds') / kept.cpu_seconds.median():+.1%} per 1,000 steps",
+        f"tokens     {first.tokens_per_response.mean():.1f} a response at first, {last.tokens_per_response.mean():.1f} at last",
+        f"reward     {first.reward.mean():.2f} at first, {last.reward.mean():.2f} at last",
+    ]
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
