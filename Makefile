@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 2; }
 
-.PHONY: demo test test-verl notebooks docs check clean
+.PHONY: demo test test-verl faults notebooks docs check clean
 
 demo: .venv/installed
 	$(BIN)/minicpgd demo
@@ -15,6 +15,9 @@ test: .venv/installed
 
 test-verl: .venv-verl/installed
 	.venv-verl/bin/python -m pytest tests/parity/test_parity_verl.py tests/test_verl_plugin.py tests/test_verl_paths.py
+
+faults: .venv/installed
+	$(BIN)/python benchmarks/faults.py
 
 notebooks: .venv/installed
 	$(BIN)/python notebooks/build.py

@@ -45,8 +45,7 @@ def main(steps: int = STEPS) -> None:
         config = TrainConfig(max_steps=steps, output_dir=str(Path(folder) / "run"))
         train(config, listener=Listener(step=look))
     table = pd.DataFrame(rows, columns=["step", "held_mib", "cpu_seconds", "tokens_per_response", "reward"])
-    for line in summary(table):
-        console.print(line)
+    console.print(summary(table).to_string(index=False))
     if steps == STEPS:
         table.round(4).to_csv(RESULTS, index=False)
         console.print(f"table   {RESULTS}")
@@ -64,18 +63,20 @@ def slope(table: pd.DataFrame, column: str) -> float:
     return 1000 * float(np.polyfit(kept.step, kept[column], 1)[0])
 
 
-def summary(table: pd.DataFrame) -> list[str]:
-    """What a reader wants to know of the table."""
-    kept = table[table.step > len(table) / 10].assign(per_token=table.cpu_seconds / table.tokens_per_response)
-    first, last = kept.iloc[:100], kept.iloc[-100:]
-    return [
-        f"memory     {first.held_mib.mean():.1f} MiB in the first 100 steps, {last.held_mib.mean():.1f} in the last; "
-        f"{slope(table, 'held_mib'):+.2f} MiB per 1,000 steps",
-        f"a step     {first.cpu_seconds.median():.3f} s at first, {last.cpu_seconds.median():.3f} s at last; "
-        f"{slope(table, 'cpu_seconds') / kept.cpu_seconds.median():+.1%} per 1,000 steps",
-        f"tokens     {first.tokens_per_response.mean():.1f} a response at first, {last.tokens_per_response.mean():.1f} at last",
-        f"reward     {first.reward.mean():.2f} at first, {last.reward.mean():.2f} at last",
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """The first and the last hundred steps after the first tenth, and the slope between."""
+    kept = table[table.step > len(table) / 10]
+    units = {"held_mib": "memory, MiB", "cpu_seconds": "a step, s", "tokens_per_response": "response, tokens"}
+    rows = [
+        {
+            "": name,
+            "first 100 steps": f"{kept[column].iloc[:100].mean():.3g}",
+            "last 100": f"{kept[column].iloc[-100:].mean():.3g}",
+            "per 1,000 steps": f"{slope(table, column):+.2g}",
+        }
+        for column, name in (units | {"reward": "reward"}).items()
     ]
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ PAGES = {
     "qlora": "A real model on your card",
     "scale": "From this laptop to a cluster",
     "peers": "Beside the peers",
+    "reliability": "What can go wrong",
     "metrics": "Every metric",
     "glossary": "Glossary",
     "exam": "Twenty questions",

@@ -12,6 +12,7 @@ In a page, a number stands between marks that say where it comes from, and so do
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ from minicpgd.summary import SUMMARIES, percent
 from minicpgd.warning import fall_step
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("results", "qlora", "metrics", "peers")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("results", "qlora", "metrics", "peers", "reliability")]
 TIMINGS = {
     "rollout_seconds": "s",
     "update_seconds": "s",
@@ -153,6 +154,31 @@ def vs_trl() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def faults() -> pd.DataFrame:
+    """How often each kind struck, and what came of it."""
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "faults.csv")
+    rows = []
+    for fault, cases in [*table.groupby("fault"), ("**all**", table)]:
+        counts = (len(cases), (cases["lost"] > 0).sum(), cases["wrong"].notna().sum(), cases["shown"].notna().sum())
+        seconds = f"{cases['seconds'].median():.1f}; {cases['seconds'].max():.1f}"
+        names = ("struck", "lost steps", "resumed wrongly", "told badly")
+        rows.append({"fault": fault, **dict(zip(names, counts, strict=True)), "s to its end: median; longest": seconds})
+    return pd.DataFrame(rows)
+
+
+def long_run() -> pd.DataFrame:
+    """Of a long run, its first and its last steps."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from long_run import RESULTS, summary
+
+    return summary(pd.read_csv(RESULTS))
+
+
+def mutants() -> pd.DataFrame:
+    """Of each file: how many faults were built in, and how many of them the tests saw."""
+    return pd.read_csv(ROOT / "benchmarks" / "results" / "mutants.csv", dtype=str)
+
+
 def metrics() -> pd.DataFrame:
     """What each metric was in healthy runs and before the reward fell; the timings, in the demo's runs."""
     studied = [_metric(name, unit, load_metric(ROOT / "results", name)) for name, unit in UNITS.items()]
@@ -239,7 +265,8 @@ def _demo_timings(name: str) -> Traces:
     return Traces(table[well], table[list(fell)], pd.Series(fell), drift)
 
 
-BENCHMARKS = {function.__name__: function for function in (made, merging, memory, generation, collapse_in_trl, vs_trl)}
+_MEASURED = (made, merging, memory, generation, collapse_in_trl, vs_trl, faults, long_run, mutants)
+BENCHMARKS = {function.__name__: function for function in _MEASURED}
 TABLES = BENCHMARKS | {"metrics": metric_summary}
 
 
