@@ -65,11 +65,13 @@ def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
     config = log.config
     checkpoint = load_checkpoint(log.folder / "checkpoints", listener.warn)
     done = checkpoint.step if checkpoint else -1
-    log.keep_until(done)
     saved = checkpoint.path if checkpoint else None
     if checkpoint:
+        if done > config.max_steps:
+            raise UserError(f"{saved}: of a step after max_steps = {config.max_steps}; it is not of this run")
         restore(checkpoint, learner.policy.model, learner.optimizer)
         learner.drift_coef = checkpoint.extra["drift_coef"]
+    log.keep_until(done)
 
     for step in range(done + 1, config.max_steps + 1):
         try:
