@@ -26,6 +26,7 @@ from minicpgd.errors import UserError
 from minicpgd.qlora import add_adapter, check_widths, checkpoint_layers, choose_dtype, keep_as_loaded, load_adapter, nf4
 
 EMBEDDED = Path(str(files("minicpgd") / "embedded"))
+NO_CODE = {"trust_remote_code": False}  # of a model's own: with None, transformers would ask on the terminal
 
 
 def quiet() -> None:
@@ -165,12 +166,14 @@ def load_policy(
     number, reason = choose_dtype(dtype, adapter=frozen, device=device)
     loading = {"quantization_config": nf4(number), "device_map": {"": device}} if load_in_4bit else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
         if attn_implementation != "auto":
             loading["attn_implementation"] = attn_implementation
-        elif getattr(AutoConfig.from_pretrained(source), "attn_logit_softcapping", None):
+        elif getattr(AutoConfig.from_pretrained(source, **NO_CODE), "attn_logit_softcapping", None):
             loading["attn_implementation"] = "eager"  # Gemma 2 squashes its scores, which sdpa leaves out
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=number, **loading)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=number, use_safetensors=True, **NO_CODE, **loading
+        )
     except Exception as error:  # transformers raises its own kinds, safetensors another
         raise UserError(_why_not(name, attn_implementation, error)) from error
     keep_as_loaded(model)
@@ -183,7 +186,7 @@ def load_policy(
     if gradient_checkpointing:
         checkpoint_layers(model)
     if adapter:
-        model = _with_adapter(model, adapter)
+        model = load_adapter(model, str(adapter))
     elif lora_r:
         model = add_adapter(model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, seed=seed)
     return Policy(model, tokenizer, copied, chat_template, f"{str(number).removeprefix('torch.')}: {reason}")
@@ -239,13 +242,6 @@ def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
         f"not have it. With a network: `hf download {name} --local-dir {Path(name).name}`, then "
         f"`--model {Path(name).name}` ({first_line})"
     )
-
-
-def _with_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    try:
-        return load_adapter(model, str(folder))
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{folder}: not an adapter for this model: {str(error).strip().splitlines()[0]}") from error
 
 
 def _disable_dropout(model: nn.Module) -> None:
