@@ -17,7 +17,7 @@ import tyro
 
 from minicpgd import commands, inspecting, planning
 from minicpgd.config import TrainConfig, load_config
-from minicpgd.errors import UserError
+from minicpgd.errors import UserError, one_line
 from minicpgd.memory import PROMPT_LENGTH
 from minicpgd.policy import quiet
 from minicpgd.recipes import KNOWN, load_recipe
@@ -115,16 +115,16 @@ def main() -> None:
     try:
         parse(sys.argv[1:])()
     except UserError as error:
-        print(f"minicpgd: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"minicpgd: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a disk, a permission: it names the file
-        print(f"minicpgd: {error}", file=sys.stderr)
+        print(one_line(f"minicpgd: {error}"), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(
             "minicpgd: the card's memory is full; checkpoints are kept. Less is needed with --gradient-checkpointing, "
             "--micro-batch-tokens 2048, --rollout-batch-size 16; `minicpgd memory --gpu GB` says what fits "
-            f"({' '.join(str(error).split())[:120]})",
+            f"({one_line(str(error))[:120]})",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -19,6 +19,7 @@ from minicpgd.errors import ConfigError, did_you_mean, shown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("auto", "adamw", "paged_adamw_8bit")
+TEMPERATURES = (1e-6, 1e30)  # logits divided by less are no numbers any more
 MOST_TOKENS = 10**9  # of a rollout; that is months, and tens of gigabytes before the first of them
 
 
@@ -192,23 +193,23 @@ class TrainConfig:
             "rollout_batch_size micro_batch_size micro_batch_tokens chunk_size eval_steps eval_problems save_steps "
             "logging_steps"
         )
-        rules = [(name, lambda v: 1 <= v <= 10**9, "at least 1, and at most 10**9") for name in at_least_one.split()]
-        rules += [  # float32 ends at 3e38
+        ranges: dict[str, tuple[float, float]] = dict.fromkeys(at_least_one.split(), (1, 10**9))
+        ranges |= {"seed": (0, 2**63 - 1), "top_k": (0, 10**9), "lora_r": (0, 10**4), "temperature": TEMPERATURES}
+        ranges |= dict.fromkeys(("beta", "drift_coef"), (0, 1e30))  # float32 ends at 3e38
+        for name, (least, most) in ranges.items():
+            if (value := getattr(self, name)) is not None and value != "auto":
+                check_range(name, value, least, most)
+        rules = [
             (name, lambda v: 0 < v <= 1e30, "more than 0, and at most 1e30")
             for name in ("learning_rate", "max_grad_norm", "epsilon_high", "drift_clip")
         ]
-        rules += [(name, lambda v: 0 <= v <= 1e30, "at least 0, and at most 1e30") for name in ("beta", "drift_coef")]
         rules += [
-            ("temperature", lambda v: 1e-6 <= v <= 1e30, "more than 0, from 1e-6 to 1e30"),
-            ("top_k", lambda v: 0 <= v <= 10**9, "at least 0, and at most 10**9"),
-            ("lora_r", lambda v: 0 <= v <= 10**4, "at least 0, and at most 10**4"),
-            ("seed", lambda v: 0 <= v < 2**63, "at least 0, and less than 2**63"),
             ("epsilon", lambda v: 0 < v < 1, "between 0 and 1, both excluded: ratios are clipped at 1 - epsilon"),
             ("top_p", lambda v: 0 < v <= 1, "more than 0 and at most 1"),
         ]
         for name, holds, wanted in rules:
             value = getattr(self, name)
-            if value is not None and value != "auto" and not holds(value):
+            if value is not None and not holds(value):
                 raise ConfigError(f"{name} = {shown(value)}: it has to be {wanted}")
 
     def _check_together(self) -> None:
@@ -242,6 +243,16 @@ class TrainConfig:
     def save(self, path: Path) -> None:
         """Write config.json."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    """See that a number lies where it has to.
+
+    Raises:
+        ConfigError: it does not, or is NaN.
+    """
+    if not least <= value <= most:
+        raise ConfigError(f"{name} = {shown(value)}: it has to be at least {least:g}, and at most {most:g}")
 
 
 def parse_json(text: str | bytes) -> Any:

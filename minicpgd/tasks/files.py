@@ -65,9 +65,9 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.exists() and not path.is_file():  # a pipe would keep us waiting
-        raise UserError(f"{path}: not a file")
     try:
+        if not path.is_file():  # a pipe would keep us waiting
+            raise OSError("not a file")
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,8 +89,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     except ImportError as error:
         raise UserError(f"{path}: parquet needs pyarrow: pip install 'minicpgd[data]' ({error})") from error
     try:
-        rows = ParquetFile(path).read().to_pylist()
-    except (ArrowException, OSError) as error:
+        table = ParquetFile(path).read()
+        if len(set(table.column_names)) < table.num_columns:  # to_pylist would keep the last
+            raise ValueError(f"a column is there twice, of {', '.join(table.column_names)}")
+        rows = table.to_pylist()
+    except (
+        ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # the last two: texts, dates that Python has not
         raise UserError(f"{path}: not a readable parquet file: {error}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
@@ -118,6 +126,8 @@ def checked(rows: Iterable[tuple[str, Any]], source: str, prompt: str, answer: s
         for name in (prompt, answer):
             if name not in row:
                 raise UserError(f"{place}: no {name!r}; this one has {', '.join(map(repr, row)) or 'nothing'}")
+        if taken := {"prompts", "completions"} & row.keys():
+            raise UserError(f"{place}: {min(taken)!r} is what a reward function is given anyway; rename the column")
         if not made:
             first_place, first_columns = place, set(row)
         if missing := first_columns - set(row):
