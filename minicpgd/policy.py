@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from minicpgd.config import TrainConfig
-from minicpgd.errors import UserError
+from minicpgd.errors import UserError, said, shown
 from minicpgd.qlora import add_adapter, check_widths, checkpoint_layers, choose_dtype, keep_as_loaded, load_adapter, nf4
 
 EMBEDDED = Path(str(files("minicpgd") / "embedded"))
@@ -90,10 +90,16 @@ class Policy:
         return int(self.eos_ids[0]) if pad is None else pad
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """N prompts to left-padded ids and mask, each (N, P); in the chat template, which brings its special tokens."""
+        """N prompts to left-padded ids and mask, each (N, P); in the chat template, which brings its special tokens.
+
+        Raises:
+            UserError: the template cannot be filled in, or nothing comes out.
+        """
         templated = self.chat_template and bool(self.tokenizer.chat_template)
         texts = [self._as_chat(prompt) for prompt in prompts] if templated else list(prompts)
         rows = self.tokenizer(texts, add_special_tokens=not templated)["input_ids"]
+        if not all(rows):
+            raise UserError(f"prompt = {shown(prompts[rows.index([])])}: no tokens come of it")
         longest = max(map(len, rows))
         ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
@@ -101,7 +107,10 @@ class Policy:
 
     def _as_chat(self, prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program of the model's, in a sandbox
+            raise UserError(f"the model's chat template: {said(error)}; --no-chat-template leaves it out") from error
 
     def decode(self, completion_ids: Tensor, lengths: Tensor) -> list[str]:
         """(B, T) ids and (B,) lengths to text, special tokens left out."""
