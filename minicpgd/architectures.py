@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoConfig, PretrainedConfig
 
 from minicpgd.errors import UserError
-from minicpgd.policy import EMBEDDED
+from minicpgd.policy import EMBEDDED, NO_CODE
 
 
 def model_config(name: str) -> PretrainedConfig:
@@ -27,7 +27,7 @@ def model_config(name: str) -> PretrainedConfig:
     elif name in (known := known_architectures()):
         return AutoConfig.for_model(**known[name])
     try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else name)
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else name, **NO_CODE)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model = {name!r}: no folder, not known here ({', '.join(known_architectures())}), and not to be had from "

@@ -10,6 +10,7 @@ digest tells when the disk changed it later. Loading runs no code.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minicpgd.errors import is_out_of_memory
+from minicpgd.config import parse_json
+from minicpgd.errors import UserError, is_out_of_memory, one_line, shown
 
 KEEP = 2
+EXTRA = {"drift_coef"}  # what a header carries beside the step
+Kind = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,7 @@ def save_checkpoint(
     """Write the state after `step`, and remove all but the two newest. Frozen parameters are left out."""
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        moments = optimizer.state.get(parameter, {})
-        for name, value in moments.items():
-            shared = name.startswith("qmap")  # bitsandbytes' code book: one tensor for all, which safetensors refuses
-            tensors[f"optimizer.{i}.{name}"] = value.clone() if shared else torch.as_tensor(value)
+        tensors |= _moments(i, optimizer.state.get(parameter, {}))
     header = {"step": step, "extra": extra}
     header["digest"] = _digest(tensors, header)
     path = folder / _name(step)
@@ -76,27 +77,38 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
     for path in _newest_first(folder):
         try:
             with safe_open(path, "pt") as file:
-                header = json.loads(file.metadata()["minicpgd"])
+                header = parse_json((file.metadata() or {}).get("minicpgd", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if header.pop("digest") != _digest(tensors, header):
+            if not isinstance(header, dict) or header.pop("digest", None) != _digest(tensors, header):
                 raise ValueError("its content does not match its digest")
-            return Checkpoint(path, header["step"], tensors, header["extra"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            step, extra = header.get("step"), header.get("extra")
+            if type(step) is not int or step < 0 or path.name != _name(step):
+                raise ValueError(f"it says that it is of step {shown(step)}")
+            if not isinstance(extra, dict) or extra.keys() != EXTRA or not all(map(_is_finite, extra.values())):
+                raise ValueError(f"its extra values are {shown(extra)}")
+            return Checkpoint(path, step, tensors, extra)
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
-            warn(f"{path}: damaged ({error}); going back to the one before")
+            warn(one_line(f"{path}: damaged ({error}); going back to the one before"))
     return None
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: they were damaged, and must not take the place of a whole one."""
+def forget_newer(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Remove those that were passed over, so that none of them takes the place of a whole one."""
     for path in _newest_first(folder):
-        if path.name > _name(step):
-            path.unlink()
+        if checkpoint and path == checkpoint.path:
+            return
+        path.unlink()
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and moments back where they came from."""
+    """Put weights and moments back where they came from.
+
+    Raises:
+        UserError: they did not come from this model and this optimizer; nothing was changed.
+    """
+    _check_fits(checkpoint, model, optimizer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -110,12 +122,59 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
+def _check_fits(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Each tensor is one that `save_checkpoint` would write for these, and none of theirs is missing.
+
+    A parameter that has had no gradient yet has no moments.
+    """
+    found = {name: _kind(tensor) for name, tensor in checkpoint.tensors.items()}
+    wanted = {f"model.{name}": _kind(p) for name, p in model.named_parameters() if p.requires_grad}
+    moved = {name.split(".")[1] for name in found if name.startswith("optimizer.")}
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        if str(i) in moved:
+            wanted |= {name: _kind(value) for name, value in _moments(i, _first_moments(parameter, optimizer)).items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{checkpoint.path}: not of this model and this optimizer: {name} is {_words(found.get(name))}, not "
+                f"{_words(wanted.get(name))}; remove the file to go on from the one before"
+            )
+
+
+def _first_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer of this class keeps of such a parameter, from a step of another one."""
+    probe = nn.Parameter(torch.zeros_like(parameter))
+    probe.grad = torch.zeros_like(probe)
+    other = type(optimizer)([probe])  # type: ignore[call-arg]  # a base class has no defaults
+    other.step()
+    return other.state[probe]
+
+
+def _moments(i: int, moments: dict[str, Any]) -> dict[str, Tensor]:
+    """The moments of parameter i, by their names in the file."""
+    # a qmap is bitsandbytes' code book: one tensor for all, which safetensors refuses
+    return {f"optimizer.{i}.{n}": v.clone() if n.startswith("qmap") else torch.as_tensor(v) for n, v in moments.items()}
+
+
+def _kind(tensor: Tensor) -> Kind:
+    return tensor.dtype, tuple(tensor.shape)
+
+
+def _words(kind: Kind | None) -> str:
+    return f"{kind[0]} {kind[1]}".removeprefix("torch.") if kind else "none"
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
 def _name(step: int) -> str:
     return f"step-{step:06d}.safetensors"
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+    files = [path for path in folder.glob("step-*.safetensors") if path.is_file()]
+    return sorted(files, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import tyro
 
 from minicpgd import commands, inspecting, planning
 from minicpgd.config import TrainConfig, load_config
-from minicpgd.errors import UserError, is_out_of_memory
+from minicpgd.errors import UserError, is_out_of_memory, one_line
 from minicpgd.memory import PROMPT_LENGTH
 from minicpgd.policy import quiet
 from minicpgd.recipes import KNOWN, load_recipe
@@ -116,7 +116,7 @@ def main() -> None:
     try:
         parse(sys.argv[1:])()
     except UserError as error:
-        _leave(" ".join(str(error).split()))
+        _leave(str(error))
     except BrokenPipeError:  # whoever read us has gone, as in `minicpgd ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else leaving, too, would write there
         sys.exit(128 + signal.SIGPIPE)
@@ -128,12 +128,12 @@ def main() -> None:
         _leave(
             "the memory is full; checkpoints are kept. Less is needed with --gradient-checkpointing, "
             "--micro-batch-tokens 2048, --rollout-batch-size 16; `minicpgd memory` says what a run takes "
-            f"({' '.join(str(error).split())[:120] or type(error).__name__})"
+            f"({str(error)[:120] or type(error).__name__})"
         )
     except KeyboardInterrupt:
         _leave("stopped. What is finished is kept; a study goes on with the same command", code=130)
 
 
 def _leave(line: str, code: int = 2) -> NoReturn:
-    print(f"minicpgd: {line}", file=sys.stderr)
+    print(one_line(f"minicpgd: {line}"), file=sys.stderr)
     sys.exit(code)

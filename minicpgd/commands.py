@@ -17,7 +17,7 @@ from rich.table import Table
 from minicpgd import demo as demo_
 from minicpgd import pretrain as pretrain_
 from minicpgd.card import write_card
-from minicpgd.config import TrainConfig
+from minicpgd.config import TrainConfig, check_range
 from minicpgd.errors import UserError
 from minicpgd.figures import save_figures, save_study_figures
 from minicpgd.outcome import outcome
@@ -160,8 +160,8 @@ def study(
         folder: where studies and their runs go. A run that is there already is not made again.
         jobs: runs at a time; by default one per core.
     """
-    if jobs is not None and jobs < 1:
-        raise UserError(f"jobs = {jobs}: it has to be at least 1")
+    if jobs is not None:
+        check_range("jobs", jobs, 1, 1000)
     made = folder / (f"{name}-quick" if quick else name)
     if name == "warning":
         warning_study(folder, made, quick=quick)
@@ -201,6 +201,8 @@ def pretrain(folder: Path = Path("runs/embedded"), seed: int = 0, steps: int = p
         seed: 0 made the shipped one.
         steps: optimizer steps.
     """
+    check_range("steps", steps, 1, 10**9)
+    check_range("seed", seed, 0, 2**63 - 1)
     if folder.exists():
         raise UserError(f"folder = {str(folder)!r} exists already: choose another")
     with Bars(["pretraining"], steps) as bars:

@@ -6,18 +6,21 @@ that exists can be run.
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from minicpgd.advantages import WEIGHTS
 from minicpgd.algorithms import AGGREGATIONS, ALGORITHMS, LEVELS
-from minicpgd.errors import ConfigError, did_you_mean
+from minicpgd.errors import ConfigError, did_you_mean, shown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("auto", "adamw", "paged_adamw_8bit")
+TEMPERATURES = (1e-6, 1e30)  # logits divided by less are no numbers any more
+MOST_TOKENS = 10**9  # of a rollout; that is months, and tens of gigabytes before the first of them
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,9 @@ class TrainConfig:
             if isinstance(value, float) and not math.isfinite(value):
                 ok = False
             if not (ok or (value is None and NoneType in kinds) or (value == "auto" and field.name == "drift_coef")):
-                raise ConfigError(f"{field.name} = {value!r}: {wanted.__name__} expected")
+                raise ConfigError(f"{field.name} = {shown(value)}: {wanted.__name__} expected")
+            if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+                raise ConfigError(f"{field.name} = {shown(value)}: it holds what no text and no file name can")
 
     def _check_names(self) -> None:
         choices: dict[str, Iterable[str]] = {
@@ -174,7 +179,13 @@ class TrainConfig:
         for name, known in choices.items():
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise ConfigError(f"{name} = {value!r}: {did_you_mean(value, known)}choose from {', '.join(known)}")
+                near = did_you_mean(value[:99], known)
+                raise ConfigError(f"{name} = {shown(value)}: {near}choose from {', '.join(known)}")
+
+        for name in ("model", "data", "output_dir"):
+            parts = (getattr(self, name) or "").encode().split(b"/")
+            if max(map(len, parts)) > 200 or sum(map(len, parts)) > 2000:
+                raise ConfigError(f"{name} = {shown(getattr(self, name))}: longer than names of files can be")
 
     def _check_numbers(self) -> None:
         at_least_one = (
@@ -182,20 +193,24 @@ class TrainConfig:
             "rollout_batch_size micro_batch_size micro_batch_tokens chunk_size eval_steps eval_problems save_steps "
             "logging_steps"
         )
-        rules = [(name, lambda v: v >= 1, "at least 1") for name in at_least_one.split()]
-        rules += [
-            (name, lambda v: v > 0, "more than 0")
-            for name in ("temperature", "learning_rate", "max_grad_norm", "epsilon_high", "drift_clip")
+        ranges: dict[str, tuple[float, float]] = dict.fromkeys(at_least_one.split(), (1, 10**9))
+        ranges |= {"seed": (0, 2**63 - 1), "top_k": (0, 10**9), "lora_r": (0, 10**4), "temperature": TEMPERATURES}
+        ranges |= dict.fromkeys(("beta", "drift_coef"), (0, 1e30))  # float32 ends at 3e38
+        for name, (least, most) in ranges.items():
+            if (value := getattr(self, name)) is not None and value != "auto":
+                check_range(name, value, least, most)
+        rules = [
+            (name, lambda v: 0 < v <= 1e30, "more than 0, and at most 1e30")
+            for name in ("learning_rate", "max_grad_norm", "epsilon_high", "drift_clip")
         ]
-        rules += [(name, lambda v: v >= 0, "at least 0") for name in ("seed", "top_k", "beta", "drift_coef", "lora_r")]
         rules += [
             ("epsilon", lambda v: 0 < v < 1, "between 0 and 1, both excluded: ratios are clipped at 1 - epsilon"),
             ("top_p", lambda v: 0 < v <= 1, "more than 0 and at most 1"),
         ]
         for name, holds, wanted in rules:
             value = getattr(self, name)
-            if value is not None and value != "auto" and not holds(value):
-                raise ConfigError(f"{name} = {value}: it has to be {wanted}")
+            if value is not None and not holds(value):
+                raise ConfigError(f"{name} = {shown(value)}: it has to be {wanted}")
 
     def _check_together(self) -> None:
         algorithm = ALGORITHMS[self.algorithm]
@@ -204,6 +219,12 @@ class TrainConfig:
                 f"num_generations = {self.num_generations}: {self.algorithm} compares the responses to one prompt "
                 "with each other, so it needs at least 2"
             )
+        for what in ("num_responses", "eval_problems"):
+            if (tokens := getattr(self, what) * self.max_completion_length) > MOST_TOKENS:
+                name = {"num_responses": "num_prompts * num_generations"}.get(what, what)
+                raise ConfigError(
+                    f"{name} * max_completion_length = {tokens}: at most {MOST_TOKENS} tokens can be held"
+                )
         if self.num_responses % self.num_minibatches:
             raise ConfigError(
                 f"num_minibatches = {self.num_minibatches}: does not divide num_prompts * num_generations = "
@@ -224,6 +245,36 @@ class TrainConfig:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    """See that a number lies where it has to.
+
+    Raises:
+        ConfigError: it does not, or is NaN.
+    """
+    if not least <= value <= most:
+        raise ConfigError(f"{name} = {shown(value)}: it has to be at least {least:g}, and at most {most:g}")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON, in which no object has a key twice; json.loads would keep the last of them and say nothing.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError as error:
+        raise ValueError("thousands of brackets inside each other") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shown(max(names, key=names.count))} is there twice")
+    return made
+
+
 def load_config(path: Path) -> TrainConfig:
     """Read config.json.
 
@@ -231,8 +282,8 @@ def load_config(path: Path) -> TrainConfig:
         ConfigError: not JSON, or a field that is unknown or wrong; the line names file and field.
     """
     try:
-        values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable config: {error}") from error
     if isinstance(values, dict) and "architectures" in values:
         raise ConfigError(f"{path}: a model's, not a run's; `minicpgd evaluate` and `minicpgd sample` take models")

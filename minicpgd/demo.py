@@ -14,7 +14,7 @@ from minicpgd.studies import FOUR
 
 def free_folder(folder: Path) -> Path:
     """`folder`, or the first of folder-2, folder-3, ... that does not exist."""
-    candidates = (folder.with_name(f"{folder.name}-{n}") if n > 1 else folder for n in count(1))
+    candidates = (folder.parent / f"{folder.name or 'demo'}-{n}" if n > 1 else folder for n in count(1))
     return next(path for path in candidates if not path.exists())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from minicpgd.config import TrainConfig, load_config
+from minicpgd.config import MOST_TOKENS, TEMPERATURES, TrainConfig, check_range, load_config
 from minicpgd.errors import UserError
 from minicpgd.policy import Policy, load_policy, policy_of
 from minicpgd.rollout import Rollout, generate
@@ -50,8 +50,9 @@ def evaluate(
         `completion_length` (greedy, tokens). Accuracies are shares of 1.
 
     Raises:
-        UserError: no such model, or a run that has not finished.
+        UserError: no such model, a run that has not finished, or a number that makes no sense.
     """
+    check_range("num_samples", num_samples, 1, MOST_TOKENS)
     config = TrainConfig()
     if isinstance(run_or_model, Policy):
         policy = run_or_model
@@ -114,12 +115,14 @@ def respond(
         problems than asked for where the task has no more.
 
     Raises:
-        UserError: num_problems is less than 1.
+        ConfigError: a number that makes no sense, or more tokens than can be held.
     """
-    if num_problems < 1:
-        raise UserError(f"num_problems = {num_problems}: it has to be at least 1")
-    problems = task.held_out(num_problems, seed)
     group = max(1, num_samples)
+    check_range("max_completion_length", max_completion_length, 1, MOST_TOKENS)
+    check_range("num_problems", num_problems, 1, MOST_TOKENS / max_completion_length / group)
+    check_range("temperature", temperature, *TEMPERATURES)
+    check_range("seed", seed, 0, 2**63 - 1)
+    problems = task.held_out(num_problems, seed)
     rollout = generate(
         policy,
         [p["prompt"] for p in problems],

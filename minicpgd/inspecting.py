@@ -9,6 +9,7 @@ import tyro
 from rich.markup import escape
 
 from minicpgd.card import write_card
+from minicpgd.config import TEMPERATURES, check_range
 from minicpgd.errors import UserError
 from minicpgd.evaluation import evaluate as evaluate_
 from minicpgd.evaluation import open_policy, respond
@@ -56,6 +57,7 @@ def sample(
         temperature: of the sampling; 0 takes the likeliest token each time.
         seed: chooses problems and samples.
     """
+    check_range("temperature", temperature, 0, TEMPERATURES[1])
     policy, config = open_policy(run_or_model)
     task = task_of(config)
     rollout, right = respond(

@@ -14,8 +14,7 @@ from rich.table import Table
 
 from minicpgd import rehearsal
 from minicpgd.architectures import model_config
-from minicpgd.config import TrainConfig
-from minicpgd.errors import UserError
+from minicpgd.config import MOST_TOKENS, TrainConfig, check_range
 from minicpgd.ladder import fits
 from minicpgd.memory import COMPONENTS, GIB, PROMPT_LENGTH, ROLLOUT, UPDATE, Memory, predict
 from minicpgd.progress import console
@@ -37,8 +36,7 @@ def memory(config: TrainConfig, gpu: float | None = None, prompt_length: int = P
         gpu: GB of a card; then also which settings fit on it.
         prompt_length: tokens of the longest prompt; responses are taken to be as long as they may be.
     """
-    if prompt_length < 1:
-        raise UserError(f"prompt_length = {prompt_length}: it has to be at least 1")
+    check_range("prompt_length", prompt_length, 1, MOST_TOKENS)
     architecture = model_config(config.model)
     rungs = fits(math.inf if gpu is None else gpu, architecture, config, prompt_length=prompt_length)
     console.print(f"{config.model}, prompts of {prompt_length} tokens, responses of {config.max_completion_length}\n")

@@ -22,10 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from minicpgd.config import TrainConfig
-from minicpgd.errors import UserError
+from minicpgd.errors import UserError, said, shown
 from minicpgd.qlora import add_adapter, check_widths, checkpoint_layers, choose_dtype, keep_as_loaded, load_adapter, nf4
 
 EMBEDDED = Path(str(files("minicpgd") / "embedded"))
+NO_CODE = {"trust_remote_code": False}  # of a model's own: with None, transformers would ask on the terminal
 
 
 def quiet() -> None:
@@ -89,10 +90,16 @@ class Policy:
         return int(self.eos_ids[0]) if pad is None else pad
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """N prompts to left-padded ids and mask, each (N, P); in the chat template, which brings its special tokens."""
+        """N prompts to left-padded ids and mask, each (N, P); in the chat template, which brings its special tokens.
+
+        Raises:
+            UserError: the template cannot be filled in, or nothing comes out.
+        """
         templated = self.chat_template and bool(self.tokenizer.chat_template)
         texts = [self._as_chat(prompt) for prompt in prompts] if templated else list(prompts)
         rows = self.tokenizer(texts, add_special_tokens=not templated)["input_ids"]
+        if not all(rows):
+            raise UserError(f"prompt = {shown(prompts[rows.index([])])}: no tokens come of it")
         longest = max(map(len, rows))
         ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
@@ -100,7 +107,10 @@ class Policy:
 
     def _as_chat(self, prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program of the model's, in a sandbox
+            raise UserError(f"the model's chat template: {said(error)}; --no-chat-template leaves it out") from error
 
     def decode(self, completion_ids: Tensor, lengths: Tensor) -> list[str]:
         """(B, T) ids and (B,) lengths to text, special tokens left out."""
@@ -165,12 +175,14 @@ def load_policy(
     number, reason = choose_dtype(dtype, adapter=frozen, device=device)
     loading = {"quantization_config": nf4(number), "device_map": {"": device}} if load_in_4bit else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
         if attn_implementation != "auto":
             loading["attn_implementation"] = attn_implementation
-        elif getattr(AutoConfig.from_pretrained(source), "attn_logit_softcapping", None):
+        elif getattr(AutoConfig.from_pretrained(source, **NO_CODE), "attn_logit_softcapping", None):
             loading["attn_implementation"] = "eager"  # Gemma 2 squashes its scores, which sdpa leaves out
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=number, **loading)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=number, use_safetensors=True, **NO_CODE, **loading
+        )
     except Exception as error:  # transformers raises its own kinds, safetensors another
         raise UserError(_why_not(name, attn_implementation, error)) from error
     keep_as_loaded(model)
@@ -183,7 +195,7 @@ def load_policy(
     if gradient_checkpointing:
         checkpoint_layers(model)
     if adapter:
-        model = _with_adapter(model, adapter)
+        model = load_adapter(model, str(adapter))
     elif lora_r:
         model = add_adapter(model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, seed=seed)
     return Policy(model, tokenizer, copied, chat_template, f"{str(number).removeprefix('torch.')}: {reason}")
@@ -239,13 +251,6 @@ def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
         f"not have it. With a network: `hf download {name} --local-dir {Path(name).name}`, then "
         f"`--model {Path(name).name}` ({first_line})"
     )
-
-
-def _with_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    try:
-        return load_adapter(model, str(folder))
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{folder}: not an adapter for this model: {str(error).strip().splitlines()[0]}") from error
 
 
 def _disable_dropout(model: nn.Module) -> None:

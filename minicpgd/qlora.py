@@ -17,13 +17,14 @@ bitsandbytes and accelerate, are the extra `qlora`, imported only where they are
 import importlib
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from minicpgd.errors import ConfigError, UserError
+from minicpgd.errors import ConfigError, UserError, said
 
 LOSS_SCALE = 2.0**12  # float16 has no number below 6e-8, and gradients get there
 
@@ -128,10 +129,19 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
 
     Raises:
         ConfigError: the extra is not installed.
-        ValueError, OSError, RuntimeError: the folder holds no adapter for this model.
+        UserError: the folder holds no adapter for this model.
     """
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        return _extra("peft").PeftModel.from_pretrained(model, folder)
+    peft = _extra("peft")
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+        if not Path(folder, "adapter_model.safetensors").is_file():  # without, PEFT would take a pickle, or ask the hub
+            raise OSError("adapter_model.safetensors is needed")
+        if not isinstance(config, peft.LoraConfig) or config.megatron_config:  # of the latter PEFT imports a module
+            raise ValueError("its config is not LoRA's alone")
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            return peft.PeftModel.from_pretrained(model, folder, config=config)
+    except Exception as error:  # PEFT raises what its files lead it to
+        raise UserError(f"{folder}: not an adapter for this model: {said(error)}") from error
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:

@@ -8,13 +8,16 @@ unchanged, and the other way round.
 """
 
 import importlib
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
-from minicpgd.errors import ConfigError, UserError, did_you_mean
+from torch import Tensor
+
+from minicpgd.errors import ConfigError, UserError, did_you_mean, said, shown
 from minicpgd.mathematics import UnavailableError, same_value
 
 RewardFunction = Callable[..., list[float]]
@@ -179,8 +182,8 @@ def _find(name: str, text: str) -> RewardFunction:
         raise ConfigError(f"reward = {text!r}: {error}; is the module's folder on PYTHONPATH?") from error
     except AttributeError as error:
         raise ConfigError(f"reward = {text!r}: {error}") from error
-    except Exception as error:  # the module's own, a syntax error say
-        raise ConfigError(f"reward = {text!r}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the module's own, a syntax error say
+        raise ConfigError(f"reward = {text!r}: {said(error)}") from error
     if not callable(function):
         raise ConfigError(f"reward = {text!r}: {function_name} is not a function")
     return function
@@ -205,17 +208,34 @@ def _call(
     name: str, function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, list]
 ) -> list[float]:
     try:
-        rewards = list(function(prompts=prompts, completions=list(completions), **columns))
+        returned = function(prompts=prompts, completions=list(completions), **columns)
+        if isinstance(returned, str | bytes | Mapping | Set):
+            raise TypeError(f"{type(returned).__name__!r} returned, not a list of numbers")
+        rewards = list(itertools.islice(returned, len(completions) + 1))  # a generator may never end
+        numbers = [_number(reward) for reward in rewards]
     except UserError:  # a part of a sum has been told already, with its own name
         raise
-    except Exception as error:
-        raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"reward function {name} raised {said(error)}") from error
     if len(rewards) != len(completions):
+        many = len(rewards) if len(rewards) < len(completions) else "more"
         raise UserError(
-            f"reward function {name} returned {len(rewards)} rewards for {len(completions)} completions; "
-            "it has to return one each"
+            f"reward function {name} returned {many} rewards for {len(completions)} completions; it has to return one "
+            "each"
         )
-    for completion, reward in zip(completions, rewards, strict=True):
-        if not isinstance(reward, Real) or not math.isfinite(reward):
-            raise UserError(f"reward function {name} returned {reward!r} for {completion!r}; a finite number is needed")
-    return [float(reward) for reward in rewards]
+    for completion, reward, number in zip(completions, rewards, numbers, strict=True):
+        if not math.isfinite(number):
+            raise UserError(
+                f"reward function {name} returned {shown(reward)} for {shown(completion)}; a finite number is needed"
+            )
+    return numbers
+
+
+def _number(reward: Any) -> float:
+    """A reward as a float; NaN where it is no number. As in TRL, it may be a tensor or an array's element."""
+    if isinstance(reward, Tensor) and reward.numel() == 1:
+        reward = reward.item()
+    try:
+        return float(reward) if isinstance(reward, Real) else math.nan
+    except Exception:  # of 10**400, or of a class of the user's
+        return math.nan

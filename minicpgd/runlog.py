@@ -29,8 +29,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from minicpgd.checkpoint import write_atomically
-from minicpgd.config import TrainConfig, load_config
-from minicpgd.errors import ConfigError, UserError
+from minicpgd.config import TrainConfig, load_config, parse_json
+from minicpgd.errors import ConfigError, UserError, shown
 
 LOGS = ("metrics", "timings", "samples", "passes")
 
@@ -51,21 +51,21 @@ def load_run(path: str | Path) -> Run:
         step has none; its column `step` starts at 0, the model before training.
 
     Raises:
-        UserError: no such folder, no config in it, or a line that is not JSON; the message names file and line.
+        UserError: no such folder, no config in it, or a line that is none of a log; the message names file and line.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a run: there is no config.json in it")
     return Run(
         load_config(folder / "config.json"),
-        _columns(read_lines(folder / "metrics.jsonl")),
+        _columns(folder / "metrics.jsonl"),
         read_lines(folder / "samples.jsonl"),
     )
 
 
 def load_timings(path: str | Path) -> dict[str, np.ndarray]:
     """The columns of a run's timings.jsonl, as `load_run` gives those of its metrics."""
-    return _columns(read_lines(Path(path) / "timings.jsonl"))
+    return _columns(Path(path) / "timings.jsonl")
 
 
 def run_seconds(path: str | Path) -> float:
@@ -83,29 +83,38 @@ def peak_memory() -> int:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none where the file does not exist.
+    """The objects of one of a run's logs, each with its `step`; none where the file does not exist.
 
     Raises:
-        UserError: a line is not a JSON object. A last line without its line break is a line still being written: it is
-            left out.
+        UserError: a line is not a JSON object with a step. A last line without its line break is a line still being
+            written: it is left out.
     """
     if not path.exists():
         return []
+    if not path.is_file():  # a pipe would keep us waiting
+        raise UserError(f"{path}: not a file")
     rows = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
+            if type(row.get("step")) is not int or row["step"] < 0:
+                raise ValueError(f"step = {shown(row.get('step'))}: a step is a number, from 0 on")
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         rows.append(row)
     return rows
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _columns(path: Path) -> dict[str, np.ndarray]:
+    rows = read_lines(path)
+    for row in rows:
+        for name, value in row.items():
+            if type(value) is not float and not (type(value) is int and abs(value) < 2**63):
+                raise UserError(f"{path}: at step {row['step']}, {name} = {shown(value)}: a number expected")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
 
@@ -191,10 +200,9 @@ class RunLog:
 
     def keep_until(self, step: int) -> None:
         """Forget the lines of steps after `step`: they are about to be made again."""
-        for name in LOGS:
-            path = self.folder / f"{name}.jsonl"
-            kept = [row for row in read_lines(path) if row["step"] <= step]
-            text = "".join(map(_line, kept))
+        paths = [self.folder / f"{name}.jsonl" for name in LOGS]
+        for path, rows in [(path, read_lines(path)) for path in paths]:  # all are read before any is written
+            text = "".join(_line(row) for row in rows if row["step"] <= step)
             write_atomically(path, functools.partial(_write, text))
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:

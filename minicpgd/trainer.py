@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minicpgd.checkpoint import forget_after, load_checkpoint, restore, save_checkpoint
+from minicpgd.checkpoint import forget_newer, load_checkpoint, restore, save_checkpoint
 from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError, UserError, is_out_of_memory
 from minicpgd.learner import Learner
@@ -66,13 +66,15 @@ def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
     config = log.config
     checkpoint = load_checkpoint(log.folder / "checkpoints", listener.warn)
     done = checkpoint.step if checkpoint else -1
-    log.keep_until(done)
-    forget_after(log.folder / "checkpoints", done)
     saved = checkpoint.path if checkpoint else None
     if checkpoint:
+        if done > config.max_steps:
+            raise UserError(f"{saved}: of a step after max_steps = {config.max_steps}; it is not of this run")
         restore(checkpoint, learner.policy.model, learner.optimizer)
         learner.drift_coef = checkpoint.extra["drift_coef"]
         listener.resumed(done)
+    log.keep_until(done)
+    forget_newer(log.folder / "checkpoints", checkpoint)
 
     for step in range(done + 1, config.max_steps + 1):
         try:

@@ -42,7 +42,7 @@ from minicpgd.trainer import Listener
         ({"drift_coef": "none"}, "drift_coef = 'none': float expected"),
         ({"drift_coef": 1.0, "algorithm": "grpo"}, "drift_coef = 1.0: grpo has no drift; those with one are cpgd, pgd"),
         ({"drift_clip": 0.0}, "drift_clip = 0.0: it has to be more than 0"),
-        ({"temperature": 0.0}, "temperature = 0.0: it has to be more than 0"),
+        ({"temperature": 0.0}, "temperature = 0.0: it has to be at least 1e-06"),
         ({"top_p": 1.5}, "top_p = 1.5: it has to be more than 0 and at most 1"),
         ({"top_k": -1}, "top_k = -1: it has to be at least 0"),
         ({"learning_rate": 0.0}, "learning_rate = 0.0: it has to be more than 0"),

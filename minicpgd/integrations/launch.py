@@ -144,10 +144,13 @@ def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "C
     task = get_task(problems.task, data=problems.data, instruction=problems.instruction)
     reward = load_reward(problems.reward) if problems.reward else task.reward
     loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "revision": model.model_revision}
-    args.model_init_kwargs = loading | (args.model_init_kwargs or {})
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    args.model_init_kwargs = loading | trusted | {"use_safetensors": True} | (args.model_init_kwargs or {})
+    if args.model_init_kwargs["trust_remote_code"]:
+        print(f"warning: --trust_remote_code: Python code that comes with {name} is run", file=sys.stderr)
     look_into(name, name)
     with _in_one_line(f"model_name_or_path = {name!r}: "):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision, **trusted)
     rows = rows_of(task, problems.num_problems, args.seed, chat=bool(tokenizer.chat_template))
     wanted = (args.generation_batch_size or 0) // args.num_generations
     if len(rows) < wanted:

@@ -12,15 +12,20 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from minicpgd.algorithms import ALGORITHMS
+from minicpgd.errors import UserError
 from minicpgd.plots.style import COLOURS, DASHES, ribbon_legend, ribbons, styled
 from minicpgd.runlog import Run, load_run
 from minicpgd.summary import display_name
+
+DRAWN = {"reward", "completion_length", "kl_old", "clip_frac_pos", "clip_frac_neg"} | {
+    f"ratio_{name}" for name in ("min", "p01", "p99", "max")
+}
 
 
 @styled
 def training_curves(runs: Sequence[str | Path]) -> Figure:
     r"""Reward, response length, KL to $\pi_{old}$ and clipped share over the steps of several runs, one line each."""
-    loaded = [load_run(run) for run in runs]
+    loaded = _load(runs)
     panels = (
         ("reward", "Reward", "mean reward of a response"),
         ("completion_length", "Response length", "tokens"),
@@ -50,7 +55,7 @@ def training_curves(runs: Sequence[str | Path]) -> Figure:
 @styled
 def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
     r"""How far the ratios $\pi_\theta / \pi_{old}$ spread, step by step: a panel per run, quantiles as ribbons."""
-    loaded = [load_run(run) for run in runs]
+    loaded = _load(runs)
     figure = Figure(figsize=(max(5.0, 2.6 * len(loaded)), 3.6), layout=ConstrainedLayoutEngine(wspace=0.04))
     axes = figure.subplots(1, len(loaded), sharey=True, sharex=True, squeeze=False)[0]
     for axis, (config, metrics, _), colour in zip(axes, loaded, COLOURS, strict=False):
@@ -66,6 +71,16 @@ def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
     axes[0].set_ylabel(r"ratio $\pi_\theta / \pi_{old}$")
     figure.legend(handles=ribbon_legend(), loc="outside upper center", ncols=3)
     return figure
+
+
+def _load(runs: Sequence[str | Path]) -> list[Run]:
+    loaded = [load_run(run) for run in runs]
+    for run, (_, metrics, _) in zip(runs, loaded, strict=True):
+        if missing := DRAWN - set(metrics):
+            raise UserError(
+                f"{run}: its metrics.jsonl has no {min(missing)!r}; a step has to be done before it is drawn"
+            )
+    return loaded
 
 
 def _suffix(seed: int, runs: Sequence[Run]) -> str:

@@ -8,15 +8,16 @@ In: a name or a path. Out: a `Recipe`.
 """
 
 import difflib
+import os
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from minicpgd.config import TrainConfig
-from minicpgd.errors import ConfigError
+from minicpgd.errors import ConfigError, shown
 
 FOLDER = Path(str(files("minicpgd") / "recipes"))
 KNOWN = sorted(path.stem for path in FOLDER.glob("*gb.yaml"))
@@ -42,21 +43,23 @@ def load_recipe(name: str) -> Recipe:
         ConfigError: there is none, or it is not what a recipe should be; the line names file and field.
     """
     path = FOLDER / f"{name}.yaml" if name in KNOWN else Path(name)
-    if not path.is_file():
-        near = difflib.get_close_matches(name, KNOWN, n=1)
+    if not os.path.isfile(path):
+        near = difflib.get_close_matches(name[:99], KNOWN, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"recipe = {name!r}: {hint}choose from {', '.join(KNOWN)}, or give a YAML file's path")
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        content = yaml.safe_load(path.read_bytes())
+    except (
+        Exception
+    ) as error:  # beside its own kinds, PyYAML raises what its arithmetic does: of 2001-99-99, of !!int ""
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     train, expect = _sections(path, content)
-    floats = {field.name for field in fields(TrainConfig) if field.type in (float, float | None)}
+    floats = {field.name for field in fields(TrainConfig) if float in (field.type, *get_args(field.type))}
     for key in floats & set(train):
         train[key] = _number(train[key])
     for key in {"card_gib", "peak_gib"} & set(expect):
-        if not isinstance(expect[key], int | float):
-            raise ConfigError(f"{path}: expect: {key} = {expect[key]!r}: a number of GiB expected")
+        if type(expect[key]) not in (int, float) or not 0 < expect[key] < 10**6:
+            raise ConfigError(f"{path}: expect: {key} = {shown(expect[key])}: a number of GiB expected")
     try:
         return Recipe(TrainConfig(**train), **expect)
     except ConfigError as error:
@@ -70,12 +73,18 @@ def _sections(path: Path, content: Any) -> tuple[dict[str, Any], dict[str, Any]]
     sections = {"train": TrainConfig, "expect": Recipe}
     for section, values in content.items():
         if section not in sections or not isinstance(values, dict):
-            raise ConfigError(f"{path}: {section}: sections are `train:` and `expect:`, with settings indented below")
+            raise ConfigError(
+                f"{path}: {_word(section)}: sections are `train:` and `expect:`, with settings indented below"
+            )
         known = {field.name for field in fields(sections[section])} - {"config"}
         for key in set(values) - known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"{path}: {section}: {key}: no such setting" + (f"; {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(_word(key), known, n=1)
+            raise ConfigError(f"{path}: {section}: {_word(key)}: no such setting" + (f"; {near[0]}?" if near else ""))
     return content["train"], content.get("expect", {})
+
+
+def _word(key: Any) -> str:
+    return shown(key).strip("'")
 
 
 def _number(value: Any) -> Any:

@@ -4,12 +4,13 @@ A row is a dict with `prompt` and `answer`, both text, and whatever else the fil
 a file does wrong is told in one line, with the file, the line and the field.
 """
 
-import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from minicpgd.config import parse_json
 from minicpgd.errors import UserError
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -25,12 +26,12 @@ def find_files(data: str) -> dict[str, list[Path]]:
     Raises:
         UserError: there is no such file, or it has another suffix; a folder has no training file, or two kinds of one.
     """
-    path = Path(data).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(data))
+    if os.path.isfile(path):
         if path.suffix not in SUFFIXES:
             raise UserError(f"data = {data!r}: {path.suffix or 'no suffix'} is not one of {', '.join(SUFFIXES)}")
         return {"all": [path]}
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(
             f"data = {data!r}: there is no such file; a .jsonl or .parquet file is needed, or a folder with a "
             "train.jsonl or train.parquet in it"
@@ -64,16 +65,20 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    content = path.read_bytes()
     try:
+        if not path.is_file():  # a pipe would keep us waiting
+            raise OSError("not a file")
+        content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {content[: error.start].count(10) + 1}: not UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits at U+2028, which JSON allows
         if line.strip():
             try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+                yield f"{path}, line {number}", parse_json(line)
+            except ValueError as error:
                 raise UserError(f"{path}, line {number}: not JSON: {error}") from error
 
 
@@ -84,8 +89,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     except ImportError as error:
         raise UserError(f"{path}: parquet needs pyarrow: pip install 'minicpgd[data]' ({error})") from error
     try:
-        rows = ParquetFile(path).read().to_pylist()
-    except (ArrowException, OSError) as error:
+        table = ParquetFile(path).read()
+        if len(set(table.column_names)) < table.num_columns:  # to_pylist would keep the last
+            raise ValueError(f"a column is there twice, of {', '.join(table.column_names)}")
+        rows = table.to_pylist()
+    except (
+        ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # the last two: texts, dates that Python has not
         raise UserError(f"{path}: not a readable parquet file: {error}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
@@ -113,6 +126,8 @@ def checked(rows: Iterable[tuple[str, Any]], source: str, prompt: str, answer: s
         for name in (prompt, answer):
             if name not in row:
                 raise UserError(f"{place}: no {name!r}; this one has {', '.join(map(repr, row)) or 'nothing'}")
+        if taken := {"prompts", "completions"} & row.keys():
+            raise UserError(f"{place}: {min(taken)!r} is what a reward function is given anyway; rename the column")
         if not made:
             first_place, first_columns = place, set(row)
         if missing := first_columns - set(row):
