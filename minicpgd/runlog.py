@@ -198,12 +198,19 @@ class RunLog:
         finally:
             lock.release()
 
-    def keep_until(self, step: int) -> None:
-        """Forget the lines of steps after `step`: they are about to be made again."""
+    def keep_until(self, step: int) -> list[int]:
+        """Forget the lines of steps after `step`: they are about to be made again.
+
+        Returns:
+            The steps until then whose line in the metrics is gone: a disk that failed, or somebody's editor.
+        """
         paths = [self.folder / f"{name}.jsonl" for name in LOGS]
-        for path, rows in [(path, read_lines(path)) for path in paths]:  # all are read before any is written
-            text = "".join(_line(row) for row in rows if row["step"] <= step)
-            write_atomically(path, functools.partial(_write, text))
+        logs = [
+            [row for row in read_lines(path) if row["step"] <= step] for path in paths
+        ]  # all, before one is written
+        for path, rows in zip(paths, logs, strict=True):
+            write_atomically(path, functools.partial(_write, "".join(map(_line, rows))))
+        return sorted(set(range(step + 1)) - {row["step"] for row in logs[0]})
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Add lines to one of the logs, and have them on disk before going on."""

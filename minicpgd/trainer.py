@@ -73,7 +73,8 @@ def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
         restore(checkpoint, learner.policy.model, learner.optimizer)
         learner.drift_coef = checkpoint.extra["drift_coef"]
         listener.resumed(done)
-    log.keep_until(done)
+    if gone := log.keep_until(done):
+        listener.warn(f"{log.folder / 'metrics.jsonl'}: the line of step {gone[0]} is gone ({len(gone)} in all)")
     forget_newer(log.folder / "checkpoints", checkpoint)
 
     for step in range(done + 1, config.max_steps + 1):

@@ -142,6 +142,30 @@ def test_a_torn_last_line_is_made_again(small):
     assert load_run(folder).metrics["step"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_lines_that_are_gone_are_missed(small):
+    folder = train(small(max_steps=4, save_steps=2), listener=stop_at(3))
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:1] + lines[3:]))
+    warnings = []
+    train(small(max_steps=4, save_steps=2), resume=True, listener=Listener(warn=warnings.append))
+    assert len(warnings) == 1
+    assert "metrics.jsonl: the line of step 1 is gone (2 in all)" in warnings[0]
+    assert load_run(folder).metrics["step"].tolist() == [0, 3, 4]
+
+
+def test_a_damaged_checkpoint_does_not_stay(small):
+    """Else it would be one of the two that are kept, in the place of a whole one."""
+    folder = train(small(max_steps=9, save_steps=4), listener=stop_at(5))
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "step-000005.safetensors").write_bytes(b"nonsense")
+    heard = []
+    train(small(max_steps=9, save_steps=4), resume=True, listener=Listener(resumed=heard.append, stop=lambda: True))
+    assert heard == [4]
+    (checkpoints / "step-000005.safetensors").write_bytes(b"nonsense")
+    train(small(max_steps=9, save_steps=4), resume=True, listener=stop_at(8))
+    assert sorted(p.name[5:11] for p in checkpoints.iterdir()) == ["000004", "000008"]
+
+
 def test_two_checkpoints_are_kept(small):
     folder = train(small(max_steps=6, save_steps=1))
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
@@ -210,6 +234,33 @@ def test_a_checkpoint_holds_all_that_a_step_needs(small):
     assert checkpoint.step == 2
     assert checkpoint.extra["drift_coef"] == load_run(folder).metrics["drift_coef"][-1]
     assert load_checkpoint(folder / "nowhere", pytest.fail) is None
+
+
+def test_ctrl_c_while_torch_is_imported_says_nothing(tmp_path):
+    process = subprocess.Popen(command("train", "--output-dir", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == -signal.SIGINT
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on a process's memory")
+def test_a_full_memory_is_one_line(tmp_path):
+    """On a CPU torch has no exception of its own for it."""
+    folder, flags = tmp_path / "run", "--num-prompts 1024 --num-generations 16 --eval-problems 8".split()
+    process = subprocess.Popen(command("train", "--output-dir", folder, *flags), stderr=subprocess.PIPE, text=True)
+    while not (folder / "config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+    room = pages * resource.getpagesize() + 200_000_000
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert error.count("\n") == 1, error
+    assert "the memory is full" in error
+    assert "--micro-batch-tokens" in error
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on file sizes")
