@@ -1,12 +1,11 @@
 """Files of strangers run no code: not pickles, not a model's own Python, not what YAML or a chat template asks for."""
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 
 import pytest
-from anything import told
+from anything import poison, told
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import ones
@@ -14,16 +13,6 @@ from torch import ones
 from minicpgd import TrainConfig, evaluate, train
 from minicpgd.architectures import model_config
 from minicpgd.policy import EMBEDDED, load_policy
-
-
-class Malicious:
-    """Unpickled, it leaves a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.fixture
@@ -37,14 +26,6 @@ def ran(tmp_path, monkeypatch):
 def model(tmp_path, ran):
     """A folder with the embedded model."""
     return Path(shutil.copytree(EMBEDDED, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__")))
-
-
-def poison(folder, ran, *names):
-    for name in names:
-        (folder / name).write_bytes(pickle.dumps(Malicious(ran)))
-    pickle.loads((folder / names[0]).read_bytes())
-    assert ran.exists()  # it would
-    ran.unlink()
 
 
 def edit(path, **changes):
