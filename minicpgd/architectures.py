@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import AutoConfig, PretrainedConfig
 
-from minicpgd.errors import UserError
+from minicpgd.errors import UserError, said
 from minicpgd.policy import EMBEDDED, NO_CODE
 
 
@@ -28,7 +28,9 @@ def model_config(name: str) -> PretrainedConfig:
         return AutoConfig.for_model(**known[name])
     try:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else name, **NO_CODE)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises its own kinds, and what a config of anybody's leads it to
+        if folder.is_dir():
+            raise UserError(f"model = {name!r}: its config.json cannot be used: {said(error)}") from error
         raise UserError(
             f"model = {name!r}: no folder, not known here ({', '.join(known_architectures())}), and not to be had from "
             f"the hub. One file is enough: `hf download {name} config.json --local-dir {folder.name}`, then --model "

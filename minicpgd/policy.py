@@ -180,9 +180,12 @@ def load_policy(
             loading["attn_implementation"] = attn_implementation
         elif getattr(AutoConfig.from_pretrained(source, **NO_CODE), "attn_logit_softcapping", None):
             loading["attn_implementation"] = "eager"  # Gemma 2 squashes its scores, which sdpa leaves out
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=number, use_safetensors=True, **NO_CODE, **loading
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=number, use_safetensors=True, output_loading_info=True, **NO_CODE, **loading
         )
+        model: PreTrainedModel = loaded[0]
+        if missing := loaded[1]["missing_keys"]:  # transformers has drawn them at random
+            raise ValueError(f"its weights have no {min(missing)}")
     except Exception as error:  # transformers raises its own kinds, safetensors another
         raise UserError(_why_not(name, attn_implementation, error)) from error
     keep_as_loaded(model)
@@ -244,6 +247,8 @@ def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
     first_line = next(iter(str(error).strip().splitlines()), "").strip()
     if attn_implementation != "auto" and "attention" in first_line.lower():
         return f"attn_implementation = {attn_implementation!r}: {first_line} With auto, one that is there is taken"
+    if "custom code" in first_line:
+        return f"model = {name!r}: it brings Python code of its own, which is never run here; another kind is needed"
     if Path(name).is_dir() or name == "embedded":
         return f"model = {name!r}: cannot be loaded: {first_line}"
     return (

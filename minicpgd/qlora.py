@@ -139,6 +139,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         if not isinstance(config, peft.LoraConfig) or config.megatron_config:  # of the latter PEFT imports a module
             raise ValueError("its config is not LoRA's alone")
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            warnings.filterwarnings("error", "Found missing adapter keys")  # they would be as they were drawn
             return peft.PeftModel.from_pretrained(model, folder, config=config)
     except Exception as error:  # PEFT raises what its files lead it to
         raise UserError(f"{folder}: not an adapter for this model: {said(error)}") from error

@@ -1,6 +1,8 @@
 """What the tests of bad input share: anything that JSON can hold, and what may become of it."""
 
 import math
+import pickle
+from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -33,3 +35,22 @@ def damaged(data, whole):
     """Bytes with one to nine of them cut out, others put in their place, or both."""
     place, length = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 9))
     return whole[:place] + data.draw(st.binary(min_size=not length, max_size=9)) + whole[place + length :]
+
+
+class Malicious:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def poison(folder, ran, *names):
+    """Write files into a folder that, unpickled, leave a file."""
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(Malicious(ran)))
+    pickle.loads((folder / names[0]).read_bytes())
+    assert ran.exists()  # it would
+    ran.unlink()

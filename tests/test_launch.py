@@ -1,11 +1,16 @@
 """Our tasks on TRL's engine from the command line: what it leaves, what it refuses, and what docs/scale.md types."""
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from anything import many, poison, told
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.run import get_args_parser
 
 from minicpgd import UserError, evaluate
@@ -112,3 +117,63 @@ def test_prompts_are_messages_where_the_tokenizer_has_a_template():
     assert read([row["prompt"] for row in chat], completions, answer=answers) == [1.0, 1.0, 1.0]
     assert read([row["prompt"] for row in plain], [f"#{a}" for a in answers], answer=answers) == [1.0, 1.0, 1.0]
     assert read.__name__ == "exact_answer"
+
+
+WORDS = [
+    "--model_name_or_path",
+    "--config",
+    "--learning_rate",
+    "--seed",
+    "--task",
+    "--bf16",
+    "x",
+    "",
+    "-1",
+    "nan",
+    "\0",
+    "é\n",
+    "9" * 30,
+    "--",
+]
+
+
+@many(40)
+@given(st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=4))
+def test_any_words_are_one_line(words):
+    """A flag that is none comes last, so nothing is ever trained."""
+    refused = told(launch.main, [*FLAGS, *words, "--there-is-no-such-flag"])
+    assert isinstance(refused, str)
+
+
+def theirs(folder, ran):
+    """The embedded model, with a tokenizer that brings Python of its own."""
+    shutil.copytree(EMBEDDED, folder)
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\nraise ValueError('and no further')\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["theirs.A", "theirs.B"]}, "tokenizer_class": "Theirs"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return ["--model_name_or_path", str(folder), "--output_dir", str(folder / "out")]
+
+
+def test_code_of_a_models_own_runs_only_where_it_is_asked_for_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    flags = [*FLAGS, *SMALL, *theirs(tmp_path / "model", tmp_path / "ran"), "--max_steps", "1"]
+    assert "contains custom code" in told(launch.main, flags)
+    assert not (tmp_path / "ran").exists()
+    assert "warning" not in capsys.readouterr().err
+    assert "and no further" in told(launch.main, [*flags, "--trust_remote_code"])
+    assert (tmp_path / "ran").exists()
+    warning = capsys.readouterr().err
+    assert warning == f"warning: --trust_remote_code: Python code that comes with {tmp_path / 'model'} is run\n"
+
+
+def test_a_checkpoint_with_pickles_is_not_run(tmp_path):
+    """TRL's checkpoints hold some: torch takes numbers from them, and nothing else."""
+    flags = [*FLAGS, *SMALL, "--save_strategy", "steps", "--save_steps", "1", "--output_dir", str(tmp_path / "out")]
+    launch.main([*flags, "--max_steps", "1"])
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    poison(checkpoint, tmp_path / "ran", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+    refused = told(launch.main, [*flags, "--max_steps", "2", "--resume_from_checkpoint", str(checkpoint)])
+    assert refused.startswith(f"resume_from_checkpoint = '{checkpoint}': ")
+    assert not (tmp_path / "ran").exists()

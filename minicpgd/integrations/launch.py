@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import yaml
@@ -91,7 +92,13 @@ def main(arguments: list[str] | None = None) -> None:
             few problems for one rollout; an `output_dir` with a trained model in it.
     """
     trainer = _trainer(*settings(arguments))
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    checkpoint = trainer.args.resume_from_checkpoint
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except UnpicklingError as error:  # torch takes tensors and numbers from one, nothing else
+        raise UserError(
+            f"resume_from_checkpoint = {checkpoint!r}: a file in it is damaged, or wants to run code"
+        ) from error
     trainer.save_model()
     trainer.save_state()
 
@@ -110,6 +117,7 @@ def settings(arguments: list[str] | None = None) -> tuple[Problems, "CPGDConfig"
     from trl import ModelConfig, TrlParser
 
     parser = TrlParser((Problems, ours.CPGDConfig, ModelConfig), usage="%(prog)s --flag value ... (--help lists all)")
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse's own adds a page of usage
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     if not torch.accelerator.is_available():
         given.insert(0, "--use_cpu")
@@ -123,6 +131,10 @@ def settings(arguments: list[str] | None = None) -> tuple[Problems, "CPGDConfig"
         near = did_you_mean(unknown[0], parser._option_string_actions)
         raise UserError(f"{unknown[0]}: there is no such flag; {near}--help lists all")
     return problems, args, model
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; --help lists all")
 
 
 def _check_folders(args: "CPGDConfig") -> None:
