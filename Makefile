@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 2; }
 
-.PHONY: demo test test-verl notebooks docs check clean
+.PHONY: demo test test-verl mutants notebooks docs check clean
 
 demo: .venv/installed
 	$(BIN)/minicpgd demo
@@ -15,6 +15,10 @@ test: .venv/installed
 
 test-verl: .venv-verl/installed
 	.venv-verl/bin/python -m pytest tests/parity/test_parity_verl.py tests/test_verl_plugin.py tests/test_verl_paths.py
+
+mutants: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[mutants]'
+	$(BIN)/python benchmarks/mutants.py
 
 notebooks: .venv/installed
 	$(BIN)/python notebooks/build.py
@@ -44,4 +48,4 @@ check: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-verl build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-verl mutants build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
