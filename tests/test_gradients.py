@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minicpgd import ALGORITHMS
+from minicpgd.surrogates import ratio
 
 EPS, ALPHA, BOUND = 0.2, 0.7, 2.0
 RATIOS = [1e-9, 1e-3, 0.3, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.9, 3.1, 1e3, 1e9]
@@ -269,6 +270,19 @@ def test_metrics_by_hand():
     metrics = loss_of("pg", many.log(), torch.zeros_like(many), torch.ones(1), torch.ones_like(many)).metrics
     assert metrics["ratio_p01"] == pytest.approx(0.52)
     assert metrics["ratio_p99"] == pytest.approx(2.48)
+
+
+@pytest.mark.parametrize("A", SIGNS)
+def test_cispo_counts_the_tokens_whose_weight_is_capped(A):
+    old = torch.tensor([[-2.0, -1.5, -1.3, -0.9]], dtype=torch.float64)
+    logp = old + torch.tensor([0.5, 1.1, 1.3, 2.0], dtype=torch.float64).log()
+    metrics = loss_of("cispo", logp, old, torch.tensor([A], dtype=torch.float64), torch.ones(1, 4)).metrics
+    assert (metrics["clip_frac_pos"], metrics["clip_frac_neg"]) == ((0.5, 0.0) if A > 0 else (0.0, 0.5))
+
+
+def test_a_ratio_is_held_at_e_to_the_80():
+    d = torch.tensor([-200.0, 79.5, 80.0, 80.5, 200.0], dtype=torch.float64)
+    assert ratio(d).tolist() == pytest.approx([math.exp(x) for x in (-200, 79.5, 80, 80, 80)])
 
 
 def test_mean_cpgd_gradient_is_the_exact_one():
