@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import minicpgd.cli
 import minicpgd.commands
 from minicpgd import UserError, load_run, train
-from minicpgd.checkpoint import load_checkpoint
+from minicpgd.checkpoint import load_checkpoint, restore, save_checkpoint, write_atomically
 from minicpgd.learner import Learner
 from minicpgd.trainer import Listener
 
@@ -210,6 +211,54 @@ def test_a_checkpoint_holds_all_that_a_step_needs(small):
     assert checkpoint.step == 2
     assert checkpoint.extra["drift_coef"] == load_run(folder).metrics["drift_coef"][-1]
     assert load_checkpoint(folder / "nowhere", pytest.fail) is None
+
+
+def odd(value):
+    """Parameters of which one does not lie in order and one is frozen; moments like those of bitsandbytes."""
+    model = nn.ParameterDict({"turned": torch.full((3, 2), value).cumsum(0).t(), "plain": torch.full((2,), value)})
+    model["frozen"] = nn.Parameter(torch.full((2,), value), requires_grad=False)
+    optimizer = torch.optim.SGD([model["turned"], model["plain"], nn.Parameter(torch.ones(1))])
+    book = torch.arange(3) * value
+    for p in optimizer.param_groups[0]["params"][:2]:  # the last one was never stepped
+        optimizer.state[p] = {"step": int(value), "counts": torch.tensor([5, int(value)]), "qmap1": book}
+    return model, optimizer
+
+
+def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
+    model, optimizer = odd(7.0)
+    save_checkpoint(tmp_path / "checkpoints", 12, model, optimizer, {"drift_coef": 0.25, "also": 3.0})
+    checkpoint = load_checkpoint(tmp_path / "checkpoints", pytest.fail)
+    assert (checkpoint.step, checkpoint.extra) == (12, {"drift_coef": 0.25, "also": 3.0})
+    assert not any(t.requires_grad for t in checkpoint.tensors.values())
+    other, its_optimizer = odd(2.0)
+    restore(checkpoint, other, its_optimizer)
+    assert other["turned"].tolist() == model["turned"].tolist()
+    assert other["plain"].tolist() == [7.0, 7.0]
+    assert other["frozen"].tolist() == [2.0, 2.0]
+    states = list(its_optimizer.state.values())
+    assert len(states) == 2
+    for state in states:
+        assert (state["step"], state["counts"].tolist(), state["qmap1"].tolist()) == (7, [5, 7], [0, 7, 14])
+        assert isinstance(state["step"], int)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts open files in /proc")
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Its content is forced there before it is renamed, the new name after; a failure leaves what was there before."""
+    path, forced, opened = tmp_path / "a.bin", [], len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fsync", lambda file: forced.append((os.fstat(file).st_ino, path.exists())))
+    write_atomically(path, lambda temporary: temporary.write_bytes(b"whole"))
+    assert forced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+    def half(temporary):
+        temporary.write_bytes(b"ha")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, half)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+    assert path.read_bytes() == b"whole"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on file sizes")
