@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import minicpgd.logprobs
 from minicpgd.logprobs import logp_and_entropy, position_ids, token_logprobs
 from minicpgd.policy import Policy, load_policy
 from minicpgd.rollout import generate
@@ -53,6 +54,13 @@ def test_padding_changes_nothing(policy):
         torch.testing.assert_close(entropies[i, :n], entropy[0], atol=1e-5, rtol=1e-5)
 
 
+def test_positions_count_real_tokens_only():
+    assert position_ids(torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])).tolist() == [
+        [0, 0, 0, 1, 2, 2],
+        [0, 1, 2, 3, 4, 5],
+    ]
+
+
 def test_logprobs_and_entropy_by_hand():
     logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.0, float("-inf")]])
     logp, entropy = logp_and_entropy(logits, torch.tensor([1, 0]))
@@ -89,6 +97,7 @@ def test_a_rollout_is_what_it_says(policy):
         assert rollout.prompt_mask[i].sum() == len(prompts[i // 8])  # a group stands together
         assert (rollout.logp[i, n:] == 0).all()
         assert (rollout.entropy[i, n:] == 0).all()
+        assert (rollout.completion_ids[i, n:] == policy.pad_id).all()
     assert len(set(rollout.completions)) > 5
 
 
@@ -105,6 +114,31 @@ def test_sampling_follows_its_distribution(policy):
         cut_rollout = roll(policy, prompt, group=50, max_completion_length=1, **cut)
         assert cut_rollout.completion_ids.unique().tolist() == [p.argmax().item()]
         torch.testing.assert_close(cut_rollout.logp[0, 0], p.max().log())
+
+
+def test_every_tensor_is_made_where_the_model_is(policy):
+    """Without a GPU it shows when the default is a device that holds no numbers."""
+    here = roll(policy, problems(4), batch_size=5)
+    with torch.device("meta"):
+        there = roll(policy, problems(4), batch_size=5)
+        scored = [there.score(policy.model, tokens=60), there.score(policy.model, size=3, chunk_size=7)]
+    assert there.completions == here.completions
+    assert torch.equal(there.truncated, here.truncated)
+    for logp in (there.logp, *scored):
+        torch.testing.assert_close(logp, here.logp, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_is_without_dropout_and_leaves_the_model_as_it_was(policy, training):
+    plain = roll(policy, problems(4))
+    for layer in policy.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    policy.model.train(training)
+    rollout = roll(policy, problems(4))
+    assert rollout.completions == plain.completions
+    assert policy.model.training == training
+    assert not rollout.logp.requires_grad
+    assert not rollout.score(policy.model).requires_grad
 
 
 def test_the_same_seed_gives_the_same_rollout(policy):
@@ -183,6 +217,27 @@ def test_chunked_logprobs_are_the_plain_ones(chunk):
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-5)
     assert max(g.abs().max() for g in expected.values()) > 1e-2
+
+
+def test_one_token_at_a_time_where_the_vocabulary_is_larger_than_what_fits(policy, monkeypatch):
+    monkeypatch.setattr(minicpgd.logprobs, "LOGITS_AT_ONCE", 5)  # of 18
+    ids, rows = torch.tensor([[2, 3, 4, 5, 6]]), []
+    policy.model.lm_head.register_forward_hook(lambda module, given, logits: rows.append(logits.numel() // 18))
+    logp, entropy = token_logprobs(policy.model, ids, torch.ones_like(ids), 3)
+    assert rows == [1, 1, 1]
+    (g,) = torch.autograd.grad(
+        logp.sum(), policy.model.lm_head.weight
+    )  # of one tensor: not what .backward() goes through
+    assert g.abs().max() > 0
+    assert not entropy.requires_grad
+
+
+def test_bfloat16_logits_are_divided_by_the_temperature_in_float32():
+    model, ids = tiny("llama").bfloat16(), torch.tensor([[2, 3, 4, 5, 6, 7, 8, 9]])
+    logp, entropy = token_logprobs(model, ids, torch.ones_like(ids), 7, 0.7)
+    wanted = (model(input_ids=ids).logits[:, :-1].float() / 0.7).log_softmax(-1)
+    torch.testing.assert_close(logp, wanted.gather(-1, ids[:, 1:, None]).squeeze(-1), atol=1e-5, rtol=1e-5)
+    assert logp.dtype == entropy.dtype == torch.float32
 
 
 MEMORY = """
