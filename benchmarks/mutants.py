@@ -66,7 +66,9 @@ def _tests(arguments: str) -> int:
     os.chdir(COPY)
     sys.path.insert(0, str(COPY))
     named = [f"tests/{word}" if word.startswith("test_") else word for word in shlex.split(arguments)]
-    code = pytest.main([*named, "-x", "--tb=no", "-p", "no:cacheprovider", "--basetemp", str(COPY / "basetemp")])
+    # all that makes a failure readable goes; it would be half of the time
+    quick = ["-x", "--tb=no", "--assert=plain", "-p", "no:logging", "-p", "no:cacheprovider"]
+    code = pytest.main([*named, *quick, "--basetemp", str(COPY / "basetemp")])
     loaded = [name for name in sys.modules if name.split(".")[0] not in ("minicpgd", "conftest", "__main__")]
     (COPY / "loaded.txt").write_text("\n".join(name for name in loaded if not name.startswith("test_")))
     sys.exit(int(code))
