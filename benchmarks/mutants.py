@@ -50,9 +50,8 @@ TESTS = {
     "algorithms": "test_readme_and_results.py::test_the_readme_has_every_row_of_the_table test_advantages.py "
     "test_gradients.py",
     "logprobs": "test_policy_and_rollout.py -k 'not chunks_keep'",  # in a process of its own
-    "rollout": "test_policy_and_rollout.py test_experience.py "
-    "test_qlora.py::test_micro_batches_fit_and_change_no_gradient test_qlora.py::test_responses_generated_in_parts "
-    "-k 'not chunk'",
+    "rollout": "test_qlora.py::test_micro_batches_fit_and_change_no_gradient "
+    "test_qlora.py::test_responses_generated_in_parts test_policy_and_rollout.py test_experience.py -k 'not chunk'",
     "checkpoint": "test_resume.py -k 'not (kill_9 or signal or full_disk)'",
 }
 

@@ -37,7 +37,7 @@ class Rollout:
         longest = int(self.lengths[rows].max())
         prompt = int(self.prompt_mask[rows].sum(dim=1).max())
         ids = torch.cat([self.prompt_ids[rows, -prompt:], self.completion_ids[rows, :longest]], dim=1)
-        mask = torch.cat([self.prompt_mask[rows, -prompt:], self.mask[rows, :longest].long()], dim=1)
+        mask = torch.cat([self.prompt_mask[rows, -prompt:], self.mask[rows, :longest]], dim=1)
         return ids, mask, longest
 
     def micro_batches(self, rows: Tensor, size: int | None, tokens: int | None) -> list[Tensor]:

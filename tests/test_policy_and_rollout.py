@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -99,6 +100,8 @@ def test_a_rollout_is_what_it_says(policy):
         assert (rollout.entropy[i, n:] == 0).all()
         assert (rollout.completion_ids[i, n:] == policy.pad_id).all()
     assert len(set(rollout.completions)) > 5
+    with pytest.raises(FrozenInstanceError):
+        rollout.mask = rollout.prompt_mask
 
 
 def test_sampling_follows_its_distribution(policy):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,8 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
     save_checkpoint(tmp_path / "checkpoints", 12, model, optimizer, {"drift_coef": 0.25, "also": 3.0})
     checkpoint = load_checkpoint(tmp_path / "checkpoints", pytest.fail)
     assert (checkpoint.step, checkpoint.extra) == (12, {"drift_coef": 0.25, "also": 3.0})
+    with pytest.raises(FrozenInstanceError):
+        checkpoint.step = 13
     assert not any(t.requires_grad for t in checkpoint.tensors.values())
     other, its_optimizer = odd(2.0)
     restore(checkpoint, other, its_optimizer)
