@@ -119,7 +119,7 @@ def generate(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         completion_ids=torch.full((batch, max_completion_length), policy.pad_id, device=device),
-        mask=torch.zeros(batch, max_completion_length, dtype=torch.bool, device=device),
+        mask=torch.empty(0),  # made at the end, like the texts
         lengths=torch.full((batch,), max_completion_length, device=device),
         truncated=torch.zeros(batch, dtype=torch.bool, device=device),
         logp=torch.zeros(batch, max_completion_length, device=device),

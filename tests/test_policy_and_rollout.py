@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -129,6 +129,38 @@ def test_every_tensor_is_made_where_the_model_is(policy):
     assert torch.equal(there.truncated, here.truncated)
     for logp in (there.logp, *scored):
         torch.testing.assert_close(logp, here.logp, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "wanted"),
+    [
+        (None, 30, [3, 3]),
+        (None, 29, [2, 2, 2]),
+        (2, 30, [2, 2, 2]),
+        (2, 100, [2, 2, 2]),
+        (None, 60, [6]),
+        (4, None, [4, 2]),
+    ],
+)
+def test_micro_batches_by_hand(policy, size, tokens, wanted):
+    """Six rows of ten tokens, four of them the prompt's."""
+    rollout = replace(roll(policy, problems(2), 3), prompt_mask=torch.ones(6, 4), lengths=torch.full((6,), 6))
+    assert [len(part) for part in rollout.micro_batches(torch.arange(6), size, tokens)] == wanted
+
+
+def test_scores_are_computed_in_parts_of_the_size_asked_for(policy):
+    rollout, shapes, rows = roll(policy, problems(4)), [], []
+    decoder, head = policy.model.get_decoder(), policy.model.get_output_embeddings()
+    decoder.register_forward_pre_hook(lambda _, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True)
+    head.register_forward_hook(lambda module, given, logits: rows.append(logits.numel() // logits.shape[-1]))
+    rollout.score(policy.model, size=3)
+    assert [shape[0] for shape in shapes] == [3, 3, 3, 3, 3, 1]
+    shapes.clear()
+    rollout.score(policy.model, tokens=60)
+    assert all(shape.numel() <= 60 or shape[0] == 1 for shape in shapes)
+    rows.clear()
+    rollout.score(policy.model, chunk_size=7)
+    assert max(rows) == 7
 
 
 @pytest.mark.parametrize("training", [True, False])
