@@ -167,7 +167,6 @@ def _fill(
             attention_mask=attention,
             position_ids=position_ids(attention)[:, -new.shape[1] :],
             past_key_values=cache,
-            use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
         if t == 0:

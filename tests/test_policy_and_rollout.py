@@ -8,9 +8,19 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import minicpgd.logprobs
+from minicpgd.errors import NonFiniteError
 from minicpgd.logprobs import logp_and_entropy, position_ids, token_logprobs
 from minicpgd.policy import Policy, load_policy
 from minicpgd.rollout import generate
@@ -88,6 +98,7 @@ def test_a_rollout_is_what_it_says(policy):
     prompts = problems(5)
     rollout = roll(policy, prompts, group=8, max_completion_length=20)
     assert rollout.mask.sum(dim=1).tolist() == rollout.lengths.tolist()
+    assert rollout.mask.dtype == rollout.truncated.dtype == torch.bool
     assert rollout.truncated.any()
     assert not rollout.truncated.all()
     for i, text in enumerate(rollout.completions):
@@ -120,13 +131,16 @@ def test_sampling_follows_its_distribution(policy):
 
 
 def test_every_tensor_is_made_where_the_model_is(policy):
-    """Without a GPU it shows when the default is a device that holds no numbers."""
+    """Without a GPU, this shows where the default is a device that holds no numbers."""
     here = roll(policy, problems(4), batch_size=5)
     with torch.device("meta"):
         there = roll(policy, problems(4), batch_size=5)
         scored = [there.score(policy.model, tokens=60), there.score(policy.model, size=3, chunk_size=7)]
     assert there.completions == here.completions
     assert torch.equal(there.truncated, here.truncated)
+    assert torch.equal(there.entropy, here.entropy)
+    assert here.completion_ids.shape == here.mask.shape == here.entropy.shape == (16, here.lengths.max())
+    assert here.lengths.max() < 48
     for logp in (there.logp, *scored):
         torch.testing.assert_close(logp, here.logp, atol=1e-5, rtol=1e-4)
 
@@ -148,11 +162,21 @@ def test_micro_batches_by_hand(policy, size, tokens, wanted):
     assert [len(part) for part in rollout.micro_batches(torch.arange(6), size, tokens)] == wanted
 
 
+def watched(model):
+    """Two lists that grow as it works: the shapes of the ids it is given, and for how many tokens it makes logits."""
+    shapes, rows = [], []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, given, logits: rows.append(logits.numel() // logits.shape[-1])
+    )
+    return shapes, rows
+
+
 def test_scores_are_computed_in_parts_of_the_size_asked_for(policy):
-    rollout, shapes, rows = roll(policy, problems(4)), [], []
-    decoder, head = policy.model.get_decoder(), policy.model.get_output_embeddings()
-    decoder.register_forward_pre_hook(lambda _, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True)
-    head.register_forward_hook(lambda module, given, logits: rows.append(logits.numel() // logits.shape[-1]))
+    rollout = roll(policy, problems(4))
+    shapes, rows = watched(policy.model)
     rollout.score(policy.model, size=3)
     assert [shape[0] for shape in shapes] == [3, 3, 3, 3, 3, 1]
     shapes.clear()
@@ -161,6 +185,24 @@ def test_scores_are_computed_in_parts_of_the_size_asked_for(policy):
     rows.clear()
     rollout.score(policy.model, chunk_size=7)
     assert max(rows) == 7
+
+
+def test_a_prompt_is_read_once_and_asked_for_its_last_logits_only(policy):
+    shapes, rows = watched(policy.model)
+    roll(policy, problems(3), group=4, max_completion_length=2)
+    assert [shape[0] for shape in shapes] == rows == [3, 12]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_responses_that_have_ended_leave_once_they_are_half_of_the_batch(policy, seed):
+    shapes, _ = watched(policy.model)
+    lengths = roll(policy, problems(2), group=2, seed=seed).lengths
+    batch, wanted = 4, [2]  # each prompt is read once
+    for t in range(1, int(lengths.max())):
+        running = int((lengths > t).sum())
+        batch = running if 2 * running <= batch else batch
+        wanted.append(batch)
+    assert [shape[0] for shape in shapes] == wanted
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -174,6 +216,14 @@ def test_sampling_is_without_dropout_and_leaves_the_model_as_it_was(policy, trai
     assert policy.model.training == training
     assert not rollout.logp.requires_grad
     assert not rollout.score(policy.model).requires_grad
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_logits_that_are_not_finite_are_told_and_nothing_is_drawn(policy, seed):
+    with torch.no_grad():
+        policy.model.lm_head.weight[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="^the model's logits are not finite$"):
+        roll(policy, problems(1), seed=seed)
 
 
 def test_the_same_seed_gives_the_same_rollout(policy):
@@ -196,7 +246,12 @@ def test_pad_may_be_eos(policy):
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {"head_dim": 16, "final_logit_softcapping": 3.0, "sliding_window": 4},
+    ),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, {}),  # its positions are absolute: it notices padding that is counted
 }
 
 
@@ -267,12 +322,16 @@ def test_one_token_at_a_time_where_the_vocabulary_is_larger_than_what_fits(polic
     assert not entropy.requires_grad
 
 
-def test_bfloat16_logits_are_divided_by_the_temperature_in_float32():
+def test_bfloat16_logits_are_divided_by_the_temperature_in_float32(policy):
     model, ids = tiny("llama").bfloat16(), torch.tensor([[2, 3, 4, 5, 6, 7, 8, 9]])
     logp, entropy = token_logprobs(model, ids, torch.ones_like(ids), 7, 0.7)
     wanted = (model(input_ids=ids).logits[:, :-1].float() / 0.7).log_softmax(-1)
     torch.testing.assert_close(logp, wanted.gather(-1, ids[:, 1:, None]).squeeze(-1), atol=1e-5, rtol=1e-5)
     assert logp.dtype == entropy.dtype == torch.float32
+    prompt = policy.tokenizer.decode(ids[0])
+    drawn = roll(Policy(model, policy.tokenizer), [prompt], max_completion_length=1, temperature=0.7)
+    wanted = (model(input_ids=ids).logits[0, -1].float() / 0.7).log_softmax(-1)
+    torch.testing.assert_close(drawn.logp, wanted[drawn.completion_ids], atol=1e-5, rtol=1e-5)
 
 
 MEMORY = """
