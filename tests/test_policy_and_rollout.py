@@ -65,6 +65,13 @@ def test_padding_changes_nothing(policy):
         torch.testing.assert_close(entropies[i, :n], entropy[0], atol=1e-5, rtol=1e-5)
 
 
+def test_a_masked_token_is_as_good_as_absent_wherever_it_stands(policy):
+    ids, mask = torch.tensor([[2, 3, 4, 5, 6, 7]]), torch.tensor([[1, 1, 0, 1, 1, 1]])
+    masked, _ = token_logprobs(policy.model, ids, mask, 2)
+    absent, _ = token_logprobs(policy.model, ids[mask.bool()][None], torch.ones(1, 5, dtype=torch.long), 2)
+    torch.testing.assert_close(masked, absent, atol=1e-5, rtol=1e-5)
+
+
 def test_positions_count_real_tokens_only():
     assert position_ids(torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])).tolist() == [
         [0, 0, 0, 1, 2, 2],
