@@ -1,11 +1,11 @@
-# Two commands for a newcomer: `make demo` and `make test`; two for a writer: `make notebooks` and `make docs`.
-# Each sets up .venv by itself. `make test-verl` runs our losses inside verl, which wants an older transformers and so gets
+# Two commands for a newcomer: `make demo` and `make test`; two for a writer: `make notebooks` and `make docs`; two for
+# whoever doubts: `make faults` and `make mutants`. Each sets up .venv by itself. `make test-verl` runs our losses inside verl, which wants an older transformers and so gets
 # a .venv-verl of its own.
 PYTHON ?= python3
 BIN := .venv/bin
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 2; }
 
-.PHONY: demo test test-verl faults notebooks docs check clean
+.PHONY: demo test test-verl faults mutants notebooks docs check clean
 
 demo: .venv/installed
 	$(BIN)/minicpgd demo
@@ -18,6 +18,10 @@ test-verl: .venv-verl/installed
 
 faults: .venv/installed
 	$(BIN)/python benchmarks/faults.py
+
+mutants: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[mutants]'
+	$(BIN)/python benchmarks/mutants.py
 
 notebooks: .venv/installed
 	$(BIN)/python notebooks/build.py
@@ -47,4 +51,4 @@ check: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-verl build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-verl mutants build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

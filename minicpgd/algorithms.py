@@ -155,13 +155,12 @@ class Algorithm:
             ValueError: `beta` without `ref_logp`, or "constant" without `max_completion_length`.
         """
         inside = mask.bool()
-        m = inside.to(logp.dtype)
         d = torch.where(inside, logp - old_logp, 0.0)
         A = advantages[:, None].to(logp.dtype)
         low, high = map(math.log, self.clip_bounds(epsilon, epsilon_high))
 
         level = LEVELS[importance_level or self.level]
-        objective, unclipped = self.surrogate(level(d, m), A, torch.where(inside, logp, 0.0), low, high)
+        objective, unclipped = self.surrogate(level(d, inside), A, torch.where(inside, logp, 0.0), low, high)
         per_token = -objective
         if self.drift:
             per_token = per_token + drift_coef * bounded_drift(d, drift_clip)
@@ -172,11 +171,11 @@ class Algorithm:
             ref_kl = k3(torch.where(inside, ref_logp - logp, 0.0))
             per_token = per_token + beta * ref_kl
         if token_weights is None:
-            token_weights = self.token_weights(m, max_completion_length, aggregation)
+            token_weights = self.token_weights(inside, max_completion_length, aggregation)
         return LossOutput(
             loss=(token_weights * per_token).sum(),
             log_ratio=d.detach(),
-            clipped=(objective != unclipped).detach().expand_as(d),
+            clipped=(objective != unclipped).expand_as(d),
             advantages=A.detach().expand_as(d),
             mask=inside,
             ref_kl=None if ref_kl is None else ref_kl.detach(),
@@ -191,7 +190,7 @@ class Algorithm:
         self, mask: Tensor, max_completion_length: int | None = None, aggregation: str | None = None
     ) -> Tensor:
         """(B, T) mask of a whole optimizer step to (B, T) weights, by the row's aggregation, or another."""
-        return AGGREGATIONS[aggregation or self.aggregation](mask.float(), max_completion_length)
+        return AGGREGATIONS[aggregation or self.aggregation](mask, max_completion_length)
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ class LossOutput:
     clipped: Tensor
     advantages: Tensor
     mask: Tensor
-    ref_kl: Tensor | None = None
+    ref_kl: Tensor | None
 
     @cached_property
     def metrics(self) -> dict[str, float]:

@@ -59,7 +59,7 @@ def token_logprobs(
 
 def position_ids(attention_mask: Tensor) -> Tensor:
     """(B, L) mask to (B, L) positions that count real tokens only, so that left padding changes nothing."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def logp_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

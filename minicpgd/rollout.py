@@ -37,7 +37,7 @@ class Rollout:
         longest = int(self.lengths[rows].max())
         prompt = int(self.prompt_mask[rows].sum(dim=1).max())
         ids = torch.cat([self.prompt_ids[rows, -prompt:], self.completion_ids[rows, :longest]], dim=1)
-        mask = torch.cat([self.prompt_mask[rows, -prompt:], self.mask[rows, :longest].long()], dim=1)
+        mask = torch.cat([self.prompt_mask[rows, -prompt:], self.mask[rows, :longest]], dim=1)
         return ids, mask, longest
 
     def micro_batches(self, rows: Tensor, size: int | None, tokens: int | None) -> list[Tensor]:
@@ -119,7 +119,7 @@ def generate(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         completion_ids=torch.full((batch, max_completion_length), policy.pad_id, device=device),
-        mask=torch.zeros(batch, max_completion_length, dtype=torch.bool, device=device),
+        mask=torch.empty(0),  # made at the end, like the texts
         lengths=torch.full((batch,), max_completion_length, device=device),
         truncated=torch.zeros(batch, dtype=torch.bool, device=device),
         logp=torch.zeros(batch, max_completion_length, device=device),
@@ -167,7 +167,6 @@ def _fill(
             attention_mask=attention,
             position_ids=position_ids(attention)[:, -new.shape[1] :],
             past_key_values=cache,
-            use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
         if t == 0:

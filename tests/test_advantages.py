@@ -54,7 +54,21 @@ def whitened(rewards):
 
 def test_batch_whitened():
     ours = ALGORITHMS["reinforce_pp"].advantages(REWARDS, LENGTHS)
-    assert ours.tolist() == [pytest.approx(row) for row in whitened(rows_of(REWARDS))]
+    assert ours.tolist() == [pytest.approx(row, rel=1e-12) for row in whitened(rows_of(REWARDS))]
+
+
+def test_whitening_holds_back_where_rewards_hardly_differ():
+    """A variance of the size of the 1e-8 that is added to it."""
+    nearly_equal = REWARDS * 1e-4
+    ours = ALGORITHMS["reinforce_pp"].advantages(nearly_equal, LENGTHS)
+    assert ours.tolist() == [pytest.approx(row, rel=1e-9) for row in whitened(rows_of(nearly_equal))]
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1)])
+def test_reinforce_pp_needs_neither_several_prompts_nor_groups(shape):
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(shape)
+    advantages = ALGORITHMS["reinforce_pp"].advantages(rewards, torch.ones(shape)).flatten()
+    assert advantages.tolist() == pytest.approx([3**0.5, *[-(3**-0.5)] * 3])
 
 
 def test_group_centred_then_whitened():
@@ -82,6 +96,17 @@ def test_equal_rewards_give_exactly_zero(name, reward, weight):
     lengths = torch.arange(1, 22).view(3, 7)
     advantages = ALGORITHMS[name].advantages(rewards, lengths, advantage_weight=weight)
     assert advantages.tolist() == [[0.0] * 7] * 3
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("weight", [None, *WEIGHTS])
+def test_what_all_rewards_have_in_common_changes_nothing(name, weight):
+    """To the last bit, up to where float32 ends to count in ones."""
+    rewards = torch.tensor([[1.0, 0.0, 3.0], [2.0, 2.0, 2.0], [0.0, 5.0, 1.0]])
+    plain, shifted = (
+        ALGORITHMS[name].advantages(r, LENGTHS[:, :3], advantage_weight=weight) for r in (rewards, rewards + 2**23)
+    )
+    assert torch.equal(plain, shifted)
 
 
 def test_shape_and_dtype_are_kept():

@@ -21,6 +21,12 @@ def test_exact_kl_is_the_sum_over_actions():
     assert exact_kl(P_LOGITS, Q_LOGITS).item() != pytest.approx(kl_by_hand(q, p), rel=1e-2)
 
 
+def test_exact_kl_is_that_of_each_row():
+    both, swapped = torch.stack([P_LOGITS, Q_LOGITS]), torch.stack([Q_LOGITS, P_LOGITS])
+    p, q = P_LOGITS.softmax(-1), Q_LOGITS.softmax(-1)
+    assert exact_kl(both, swapped).tolist() == pytest.approx([kl_by_hand(p, q), kl_by_hand(q, p)], abs=1e-12)
+
+
 def test_exact_kl_ignores_what_never_happens():
     p = torch.tensor([0.0, 0.0, -math.inf])
     q = torch.tensor([0.0, 0.0, 0.0])

@@ -1,13 +1,14 @@
 """The gradient of every row of the table: by hand, by finite differences, and against exact expectations."""
 
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 import torch
 
 from minicpgd import ALGORITHMS
+from minicpgd.surrogates import ratio
 
 EPS, ALPHA, BOUND = 0.2, 0.7, 2.0
 RATIOS = [1e-9, 1e-3, 0.3, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.9, 3.1, 1e3, 1e9]
@@ -256,6 +257,7 @@ def test_metrics_by_hand():
     logp = old + torch.tensor(ratios, dtype=torch.float64).log()
     advantages = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64)
     metrics = loss_of("cpgd", logp, old, advantages, mask).metrics
+    assert {type(value) for value in metrics.values()} == {float}
     inside = [0.5, 1.0, 1.1, 0.7, 1.3, 2.0, 1.3, 0.7, 1.0, 1.15]
     assert metrics["kl_old"] == pytest.approx(np.mean([r - 1 - math.log(r) for r in inside]))
     assert metrics["ratio_min"] == pytest.approx(0.5)
@@ -269,6 +271,19 @@ def test_metrics_by_hand():
     metrics = loss_of("pg", many.log(), torch.zeros_like(many), torch.ones(1), torch.ones_like(many)).metrics
     assert metrics["ratio_p01"] == pytest.approx(0.52)
     assert metrics["ratio_p99"] == pytest.approx(2.48)
+
+
+@pytest.mark.parametrize("A", SIGNS)
+def test_cispo_counts_the_tokens_whose_weight_is_capped(A):
+    old = torch.tensor([[-2.0, -1.5, -1.3, -0.9]], dtype=torch.float64)
+    logp = old + torch.tensor([0.5, 1.1, 1.3, 2.0], dtype=torch.float64).log()
+    metrics = loss_of("cispo", logp, old, torch.tensor([A], dtype=torch.float64), torch.ones(1, 4)).metrics
+    assert (metrics["clip_frac_pos"], metrics["clip_frac_neg"]) == ((0.5, 0.0) if A > 0 else (0.0, 0.5))
+
+
+def test_a_ratio_is_held_at_e_to_the_80():
+    d = torch.tensor([-200.0, 79.5, 80.0, 80.5, 200.0], dtype=torch.float64)
+    assert ratio(d).tolist() == pytest.approx([math.exp(x) for x in (-200, 79.5, 80, 80, 80)])
 
 
 def test_mean_cpgd_gradient_is_the_exact_one():
@@ -294,6 +309,35 @@ def test_mean_cpgd_gradient_is_the_exact_one():
     loss = loss_of("cpgd", logp, old_logp, torch.tensor(A)[actions], torch.ones(10, 1)).loss
     ours = -torch.autograd.grad(loss, parameters)[0]
     assert ours.tolist() == pytest.approx(exact, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_settings_that_are_not_given(name):
+    """A clip of 0.2 (dapo's upper one: 0.28), a drift of coefficient 1 whose slope ends at 2, and no reference."""
+    logp, old, advantages, mask = random_batch(spread=2.0)
+    rest = (logp, old, advantages, mask)
+    told = {"epsilon": 0.2, "drift_coef": 1.0, "drift_clip": 2.0, "beta": 0.0}
+    plain = ALGORITHMS[name].loss(*rest, max_completion_length=9)
+    assert plain.loss.item() == ALGORITHMS[name].loss(*rest, max_completion_length=9, **told).loss.item()
+
+
+def test_an_output_holds_no_graph_but_its_loss_and_the_precision_of_the_log_probabilities():
+    logp, old, advantages, mask = random_batch()
+    logp, advantages = logp.float().requires_grad_(), advantages.requires_grad_()
+    output = loss_of("cpgd", logp, old.float(), advantages, mask, beta=0.5, ref_logp=old.float())
+    assert output.loss.requires_grad
+    for tensor in (output.log_ratio, output.clipped, output.advantages, output.mask, output.ref_kl):
+        assert not tensor.requires_grad
+        assert tensor.shape == mask.shape
+    assert output.loss.dtype == output.advantages.dtype == torch.float32
+    assert (output.log_ratio[~mask] == 0).all()
+    assert (output.ref_kl[~mask] == 0).all()
+
+
+def test_a_row_and_an_output_are_not_changed_by_accident():
+    for frozen, name in ((ALGORITHMS["cpgd"], "drift"), (loss_of("cpgd", *random_batch()), "loss")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(frozen, name, None)
 
 
 TWINS = {"cpg": "cpgd", "pg": "pgd", "grpo": "grpo_drift", "rloo": "rloo_drift", "reinforce_pp": "reinforce_pp_drift"}

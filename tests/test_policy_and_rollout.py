@@ -4,11 +4,23 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+import minicpgd.logprobs
+from minicpgd.errors import NonFiniteError
 from minicpgd.logprobs import logp_and_entropy, position_ids, token_logprobs
 from minicpgd.policy import Policy, load_policy
 from minicpgd.rollout import generate
@@ -53,6 +65,20 @@ def test_padding_changes_nothing(policy):
         torch.testing.assert_close(entropies[i, :n], entropy[0], atol=1e-5, rtol=1e-5)
 
 
+def test_a_masked_token_is_as_good_as_absent_wherever_it_stands(policy):
+    ids, mask = torch.tensor([[2, 3, 4, 5, 6, 7]]), torch.tensor([[1, 1, 0, 1, 1, 1]])
+    masked, _ = token_logprobs(policy.model, ids, mask, 2)
+    absent, _ = token_logprobs(policy.model, ids[mask.bool()][None], torch.ones(1, 5, dtype=torch.long), 2)
+    torch.testing.assert_close(masked, absent, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_count_real_tokens_only():
+    assert position_ids(torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])).tolist() == [
+        [0, 0, 0, 1, 2, 2],
+        [0, 1, 2, 3, 4, 5],
+    ]
+
+
 def test_logprobs_and_entropy_by_hand():
     logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.0, float("-inf")]])
     logp, entropy = logp_and_entropy(logits, torch.tensor([1, 0]))
@@ -79,6 +105,7 @@ def test_a_rollout_is_what_it_says(policy):
     prompts = problems(5)
     rollout = roll(policy, prompts, group=8, max_completion_length=20)
     assert rollout.mask.sum(dim=1).tolist() == rollout.lengths.tolist()
+    assert rollout.mask.dtype == rollout.truncated.dtype == torch.bool
     assert rollout.truncated.any()
     assert not rollout.truncated.all()
     for i, text in enumerate(rollout.completions):
@@ -89,7 +116,10 @@ def test_a_rollout_is_what_it_says(policy):
         assert rollout.prompt_mask[i].sum() == len(prompts[i // 8])  # a group stands together
         assert (rollout.logp[i, n:] == 0).all()
         assert (rollout.entropy[i, n:] == 0).all()
+        assert (rollout.completion_ids[i, n:] == policy.pad_id).all()
     assert len(set(rollout.completions)) > 5
+    with pytest.raises(FrozenInstanceError):
+        rollout.mask = rollout.prompt_mask
 
 
 def test_sampling_follows_its_distribution(policy):
@@ -105,6 +135,102 @@ def test_sampling_follows_its_distribution(policy):
         cut_rollout = roll(policy, prompt, group=50, max_completion_length=1, **cut)
         assert cut_rollout.completion_ids.unique().tolist() == [p.argmax().item()]
         torch.testing.assert_close(cut_rollout.logp[0, 0], p.max().log())
+
+
+def test_every_tensor_is_made_where_the_model_is(policy):
+    """Without a GPU, this shows where the default is a device that holds no numbers."""
+    here = roll(policy, problems(4), batch_size=5)
+    with torch.device("meta"):
+        there = roll(policy, problems(4), batch_size=5)
+        scored = [there.score(policy.model, tokens=60), there.score(policy.model, size=3, chunk_size=7)]
+    assert there.completions == here.completions
+    assert torch.equal(there.truncated, here.truncated)
+    assert torch.equal(there.entropy, here.entropy)
+    assert here.completion_ids.shape == here.mask.shape == here.entropy.shape == (16, here.lengths.max())
+    assert here.lengths.max() < 48
+    for logp in (there.logp, *scored):
+        torch.testing.assert_close(logp, here.logp, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "wanted"),
+    [
+        (None, 30, [3, 3]),
+        (None, 29, [2, 2, 2]),
+        (2, 30, [2, 2, 2]),
+        (2, 100, [2, 2, 2]),
+        (None, 60, [6]),
+        (4, None, [4, 2]),
+    ],
+)
+def test_micro_batches_by_hand(policy, size, tokens, wanted):
+    """Six rows of ten tokens, four of them the prompt's."""
+    rollout = replace(roll(policy, problems(2), 3), prompt_mask=torch.ones(6, 4), lengths=torch.full((6,), 6))
+    assert [len(part) for part in rollout.micro_batches(torch.arange(6), size, tokens)] == wanted
+
+
+def watched(model):
+    """Two lists that grow as it works: the shapes of the ids it is given, and for how many tokens it makes logits."""
+    shapes, rows = [], []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, given, logits: rows.append(logits.numel() // logits.shape[-1])
+    )
+    return shapes, rows
+
+
+def test_scores_are_computed_in_parts_of_the_size_asked_for(policy):
+    rollout = roll(policy, problems(4))
+    shapes, rows = watched(policy.model)
+    rollout.score(policy.model, size=3)
+    assert [shape[0] for shape in shapes] == [3, 3, 3, 3, 3, 1]
+    shapes.clear()
+    rollout.score(policy.model, tokens=60)
+    assert all(shape.numel() <= 60 or shape[0] == 1 for shape in shapes)
+    rows.clear()
+    rollout.score(policy.model, chunk_size=7)
+    assert max(rows) == 7
+
+
+def test_a_prompt_is_read_once_and_asked_for_its_last_logits_only(policy):
+    shapes, rows = watched(policy.model)
+    roll(policy, problems(3), group=4, max_completion_length=2)
+    assert [shape[0] for shape in shapes] == rows == [3, 12]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_responses_that_have_ended_leave_once_they_are_half_of_the_batch(policy, seed):
+    shapes, _ = watched(policy.model)
+    lengths = roll(policy, problems(2), group=2, seed=seed).lengths
+    batch, wanted = 4, [2]  # each prompt is read once
+    for t in range(1, int(lengths.max())):
+        running = int((lengths > t).sum())
+        batch = running if 2 * running <= batch else batch
+        wanted.append(batch)
+    assert [shape[0] for shape in shapes] == wanted
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_is_without_dropout_and_leaves_the_model_as_it_was(policy, training):
+    plain = roll(policy, problems(4))
+    for layer in policy.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    policy.model.train(training)
+    rollout = roll(policy, problems(4))
+    assert rollout.completions == plain.completions
+    assert policy.model.training == training
+    assert not rollout.logp.requires_grad
+    assert not rollout.score(policy.model).requires_grad
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_logits_that_are_not_finite_are_told_and_nothing_is_drawn(policy, seed):
+    with torch.no_grad():
+        policy.model.lm_head.weight[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="^the model's logits are not finite$"):
+        roll(policy, problems(1), seed=seed)
 
 
 def test_the_same_seed_gives_the_same_rollout(policy):
@@ -127,7 +253,12 @@ def test_pad_may_be_eos(policy):
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {"head_dim": 16, "final_logit_softcapping": 3.0, "sliding_window": 4},
+    ),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, {}),  # its positions are absolute: it notices padding that is counted
 }
 
 
@@ -183,6 +314,31 @@ def test_chunked_logprobs_are_the_plain_ones(chunk):
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-5)
     assert max(g.abs().max() for g in expected.values()) > 1e-2
+
+
+def test_one_token_at_a_time_where_the_vocabulary_is_larger_than_what_fits(policy, monkeypatch):
+    monkeypatch.setattr(minicpgd.logprobs, "LOGITS_AT_ONCE", 5)  # of 18
+    ids, rows = torch.tensor([[2, 3, 4, 5, 6]]), []
+    policy.model.lm_head.register_forward_hook(lambda module, given, logits: rows.append(logits.numel() // 18))
+    logp, entropy = token_logprobs(policy.model, ids, torch.ones_like(ids), 3)
+    assert rows == [1, 1, 1]
+    (g,) = torch.autograd.grad(
+        logp.sum(), policy.model.lm_head.weight
+    )  # of one tensor: not what .backward() goes through
+    assert g.abs().max() > 0
+    assert not entropy.requires_grad
+
+
+def test_bfloat16_logits_are_divided_by_the_temperature_in_float32(policy):
+    model, ids = tiny("llama").bfloat16(), torch.tensor([[2, 3, 4, 5, 6, 7, 8, 9]])
+    logp, entropy = token_logprobs(model, ids, torch.ones_like(ids), 7, 0.7)
+    wanted = (model(input_ids=ids).logits[:, :-1].float() / 0.7).log_softmax(-1)
+    torch.testing.assert_close(logp, wanted.gather(-1, ids[:, 1:, None]).squeeze(-1), atol=1e-5, rtol=1e-5)
+    assert logp.dtype == entropy.dtype == torch.float32
+    prompt = policy.tokenizer.decode(ids[0])
+    drawn = roll(Policy(model, policy.tokenizer), [prompt], max_completion_length=1, temperature=0.7)
+    wanted = (model(input_ids=ids).logits[0, -1].float() / 0.7).log_softmax(-1)
+    torch.testing.assert_close(drawn.logp, wanted[drawn.completion_ids], atol=1e-5, rtol=1e-5)
 
 
 MEMORY = """

@@ -3,6 +3,7 @@
 import random
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -333,6 +334,12 @@ def test_micro_batches_fit_and_change_no_gradient(size, tokens, small, policy):
         assert mask.sum(dim=1).max() <= ids.shape[1]
         assert (mask[:, 0] == 1).any()  # no column is padding alone
         assert (mask[:, -1] == 1).any()
+    if tokens is not None:  # the longest first
+        totals = (rollout.prompt_mask.sum(dim=1) + rollout.lengths)[rows[torch.cat(parts)]].tolist()
+        assert totals == sorted(totals, reverse=True)
+        for part, after in pairwise(parts):  # and as many as fit
+            grown = torch.cat([part, after[:1]])
+            assert rollout.inputs(rows[grown])[0].numel() > tokens or len(grown) > (size or 20)
     if tokens == 300 and size is None:  # like goes with like: less padding
         assert sum(rollout.inputs(rows[part])[0].numel() for part in parts) < 0.8 * rollout.inputs(rows)[0].numel()
     gradients = []

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import minicpgd.cli
 import minicpgd.commands
 from minicpgd import UserError, load_run, train
-from minicpgd.checkpoint import load_checkpoint
+from minicpgd.checkpoint import load_checkpoint, restore, save_checkpoint, write_atomically
 from minicpgd.learner import Learner
 from minicpgd.trainer import Listener
 
@@ -261,6 +263,65 @@ def test_a_full_memory_is_one_line(tmp_path):
     assert error.count("\n") == 1, error
     assert "the memory is full" in error
     assert "--micro-batch-tokens" in error
+
+
+class Counting(torch.optim.SGD):
+    """With moments of the kinds that bitsandbytes has: numbers, and a code book that all share."""
+
+    def step(self, value=1):
+        book = torch.arange(3) * value
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                self.state[p] = {"step": value, "counts": torch.tensor([5, value]), "qmap1": book}
+
+
+def odd(value):
+    """Parameters of which one does not lie in order, one is frozen, and one was never stepped."""
+    model = nn.ParameterDict({"turned": torch.full((3, 2), value).cumsum(0).t(), "plain": torch.full((2,), value)})
+    model["frozen"] = nn.Parameter(torch.full((2,), value), requires_grad=False)
+    optimizer = Counting([model["turned"], model["plain"], nn.Parameter(torch.ones(1))])
+    model["turned"].grad, model["plain"].grad = torch.ones(2, 3), torch.ones(2)
+    optimizer.step(int(value))
+    return model, optimizer
+
+
+def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
+    model, optimizer = odd(7.0)
+    save_checkpoint(tmp_path / "checkpoints", 12, model, optimizer, {"drift_coef": 0.25})
+    checkpoint = load_checkpoint(tmp_path / "checkpoints", pytest.fail)
+    assert (checkpoint.step, checkpoint.extra) == (12, {"drift_coef": 0.25})
+    with pytest.raises(FrozenInstanceError):
+        checkpoint.step = 13
+    assert not any(t.requires_grad for t in checkpoint.tensors.values())
+    other, its_optimizer = odd(2.0)
+    restore(checkpoint, other, its_optimizer)
+    assert other["turned"].tolist() == model["turned"].tolist()
+    assert other["plain"].tolist() == [7.0, 7.0]
+    assert other["frozen"].tolist() == [2.0, 2.0]
+    states = list(its_optimizer.state.values())
+    assert len(states) == 2
+    for state in states:
+        assert (state["step"], state["counts"].tolist(), state["qmap1"].tolist()) == (7, [5, 7], [0, 7, 14])
+        assert isinstance(state["step"], int)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts open files in /proc")
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Its content is forced there before it is renamed, the new name after; a failure leaves what was there before."""
+    path, forced, opened = tmp_path / "a.bin", [], len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fsync", lambda file: forced.append((os.fstat(file).st_ino, path.exists())))
+    write_atomically(path, lambda temporary: temporary.write_bytes(b"whole"))
+    assert forced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+    def half(temporary):
+        temporary.write_bytes(b"ha")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, half)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+    assert path.read_bytes() == b"whole"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on file sizes")
