@@ -1,6 +1,6 @@
 # Two commands for a newcomer: `make demo` and `make test`; two for a writer: `make notebooks` and `make docs`; two for
-# whoever doubts: `make faults` and `make mutants`. Each sets up .venv by itself. `make test-verl` runs our losses inside verl, which wants an older transformers and so gets
-# a .venv-verl of its own.
+# whoever doubts: `make faults` and `make mutants`. Each sets up .venv by itself. `make test-verl` runs our losses inside
+# verl, which wants an older transformers and so gets a .venv-verl of its own.
 PYTHON ?= python3
 BIN := .venv/bin
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 2; }
