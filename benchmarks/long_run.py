@@ -18,13 +18,16 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from matplotlib.figure import Figure
 
 from minicpgd import TrainConfig
+from minicpgd.plots.style import COLOURS, styled
 from minicpgd.policy import quiet
 from minicpgd.progress import Bars, console
 from minicpgd.trainer import Listener, train
 
 RESULTS = Path(__file__).parent / "results" / "long_run.csv"
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "reliability" / "long_run.png"
 STEPS = 2000
 
 
@@ -48,7 +51,8 @@ def main(steps: int = STEPS) -> None:
     console.print(summary(table).to_string(index=False))
     if steps == STEPS:
         table.round(4).to_csv(RESULTS, index=False)
-        console.print(f"table   {RESULTS}")
+        draw(pd.read_csv(RESULTS)).savefig(FIGURE)
+        console.print(f"table   {RESULTS}\nfigure  {FIGURE}")
 
 
 def held_mib() -> float:
@@ -61,6 +65,25 @@ def slope(table: pd.DataFrame, column: str) -> float:
     """Per 1,000 steps, after the first tenth, of steps that evaluate nothing."""
     kept = table[(table.step > len(table) / 10) & (table.step % TrainConfig().eval_steps != 0)]
     return 1000 * float(np.polyfit(kept.step, kept[column], 1)[0])
+
+
+@styled
+def draw(table: pd.DataFrame) -> Figure:
+    """Memory and time of every step, and the lines whose slopes the summary has."""
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
+    panels = figure.subplots(2, sharex=True)
+    plain = table[table.step % TrainConfig().eval_steps != 0]
+    for which, (axes, column, label) in enumerate(
+        zip(panels, ("held_mib", "cpu_seconds"), ("memory, MiB", "one step, CPU seconds"), strict=True)
+    ):
+        kept = plain[plain.step > len(table) / 10]
+        axes.plot(plain.step, plain[column], ".", color=COLOURS[which], markersize=2.5, alpha=0.5)
+        line = np.polyval(np.polyfit(kept.step, kept[column], 1), kept.step)
+        axes.plot(kept.step, line, color="black", linewidth=1.6)
+        axes.set(ylabel=label, ylim=(0, 1.15 * plain[column].max()))
+        axes.set_title(f"{slope(table, column):+.2g} per 1,000 steps")
+    panels[-1].set_xlabel("step")
+    return figure
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

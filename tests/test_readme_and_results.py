@@ -30,10 +30,13 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 @pytest.fixture(scope="module")
 def remade(tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
-    beside_trl = load_script(ROOT / "benchmarks" / "collapse_in_trl.py")
-    (folder / "peers").mkdir()
-    beside_trl.draw(pd.read_csv(beside_trl.RESULTS)).savefig(folder / "peers" / beside_trl.FIGURE.name)
-    return {str(p.relative_to(folder)): p for p in [*save_published(ROOT / "results", folder), *folder.glob("peers/*")]}
+    made = list(save_published(ROOT / "results", folder))
+    for name in ("collapse_in_trl", "faults", "long_run"):
+        script = load_script(ROOT / "benchmarks" / f"{name}.py")
+        made.append(folder / script.FIGURE.relative_to(ROOT / "docs" / "figures"))
+        made[-1].parent.mkdir(exist_ok=True)
+        script.draw(pd.read_csv(script.RESULTS)).savefig(made[-1])
+    return {str(p.relative_to(folder)): p for p in made}
 
 
 def test_the_published_figures_are_those_of_the_committed_logs(remade):
