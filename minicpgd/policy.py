@@ -175,17 +175,7 @@ def load_policy(
     number, reason = choose_dtype(dtype, adapter=frozen, device=device)
     loading = {"quantization_config": nf4(number), "device_map": {"": device}} if load_in_4bit else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
-        if attn_implementation != "auto":
-            loading["attn_implementation"] = attn_implementation
-        elif getattr(AutoConfig.from_pretrained(source, **NO_CODE), "attn_logit_softcapping", None):
-            loading["attn_implementation"] = "eager"  # Gemma 2 squashes its scores, which sdpa leaves out
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=number, use_safetensors=True, output_loading_info=True, **NO_CODE, **loading
-        )
-        model: PreTrainedModel = loaded[0]
-        if missing := loaded[1]["missing_keys"]:  # transformers has drawn them at random
-            raise ValueError(f"its weights have no {min(missing)}")
+        tokenizer, model = _from_safetensors(source, attn_implementation, dtype=number, **loading)
     except Exception as error:  # transformers raises its own kinds, safetensors another
         raise UserError(_why_not(name, attn_implementation, error)) from error
     keep_as_loaded(model)
@@ -202,6 +192,23 @@ def load_policy(
     elif lora_r:
         model = add_adapter(model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, seed=seed)
     return Policy(model, tokenizer, copied, chat_template, f"{str(number).removeprefix('torch.')}: {reason}")
+
+
+def _from_safetensors(
+    source: str, attn_implementation: str, **loading: Any
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
+    if attn_implementation != "auto":
+        loading["attn_implementation"] = attn_implementation
+    elif getattr(AutoConfig.from_pretrained(source, **NO_CODE), "attn_logit_softcapping", None):
+        loading["attn_implementation"] = "eager"  # Gemma 2 squashes its scores, which sdpa leaves out
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, use_safetensors=True, output_loading_info=True, **NO_CODE, **loading
+    )
+    model, found = loaded
+    if missing := found["missing_keys"]:  # transformers has drawn them at random
+        raise ValueError(f"its weights have no {min(missing)}")
+    return tokenizer, model
 
 
 def policy_of(config: TrainConfig, adapter: Path | None = None) -> Policy:
