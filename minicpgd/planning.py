@@ -4,7 +4,8 @@ In: settings. Out: tables on the terminal. Nothing is loaded, nothing is downloa
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from minicpgd import rehearsal
 from minicpgd.architectures import model_config
 from minicpgd.config import MOST_TOKENS, TrainConfig, check_range
+from minicpgd.errors import UserError, said
 from minicpgd.ladder import fits
 from minicpgd.memory import COMPONENTS, GIB, PROMPT_LENGTH, ROLLOUT, UPDATE, Memory, predict
 from minicpgd.progress import console
@@ -38,7 +40,8 @@ def memory(config: TrainConfig, gpu: float | None = None, prompt_length: int = P
     """
     check_range("prompt_length", prompt_length, 1, MOST_TOKENS)
     architecture = model_config(config.model)
-    rungs = fits(math.inf if gpu is None else gpu, architecture, config, prompt_length=prompt_length)
+    with _built_from_config(config.model):
+        rungs = fits(math.inf if gpu is None else gpu, architecture, config, prompt_length=prompt_length)
     console.print(f"{config.model}, prompts of {prompt_length} tokens, responses of {config.max_completion_length}\n")
     _show(rungs[0].memory)
     if gpu is None:
@@ -58,6 +61,17 @@ def memory(config: TrainConfig, gpu: float | None = None, prompt_length: int = P
     console.print(ladder)
 
 
+@contextmanager
+def _built_from_config(name: str) -> Iterator[None]:
+    """A folder's config.json may say what no model can be built from; known ones are ours, and keep their traceback."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not Path(name).is_dir():
+            raise
+        raise UserError(f"model = {name!r}: no model can be built from its config.json: {said(error)}") from error
+
+
 def dry_run(config: TrainConfig, recipe: Recipe | None = None) -> None:
     """Say what a run would do and need, without downloading or loading a model.
 
@@ -69,7 +83,8 @@ def dry_run(config: TrainConfig, recipe: Recipe | None = None) -> None:
         load_reward(config.reward)
     architecture = model_config(config.model)
     on_card = torch.cuda.is_available() or config.load_in_4bit
-    shape = rehearsal.shape_of(architecture, config, torch.bfloat16)
+    with _built_from_config(config.model):
+        shape = rehearsal.shape_of(architecture, config, torch.bfloat16)
     sizes = {kind: sum(p.numel() for p in shape.parameters() if p.requires_grad == kind) for kind in (True, False)}
     weights = f"{sizes[False] / 1e6:,.0f} M frozen weights{' in 4-bit NF4' if config.load_in_4bit else ''}"
     adapter = f"a LoRA adapter of rank {config.lora_r}, {sizes[True] / 1e6:.1f} M parameters, on {weights}"
@@ -87,7 +102,8 @@ def dry_run(config: TrainConfig, recipe: Recipe | None = None) -> None:
         plan.add_row(name, value)
     console.print(plan, "", sep="\n")
     length = PROMPT_LENGTH if config.task != "chain_arithmetic" else 16
-    predicted = predict(config, architecture, prompt_length=length, device="cuda" if on_card else "cpu")
+    with _built_from_config(config.model):
+        predicted = predict(config, architecture, prompt_length=length, device="cuda" if on_card else "cpu")
     console.print(f"Memory {'on a card' if on_card else 'on this CPU'}, predicted for prompts of {length} tokens:\n")
     _show(predicted)
     if recipe and recipe.peak_gib and recipe.card_gib:

@@ -1,6 +1,8 @@
 """What memory.py predicts, against published sizes, formulas done by hand, and what the allocator handed out."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from minicpgd.architectures import known_architectures, model_config
 from minicpgd.cli import parse
 from minicpgd.ladder import fits
 from minicpgd.memory import GIB, kv_cache, predict
+from minicpgd.policy import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 benchmark = load_script(ROOT / "benchmarks" / "memory.py")
@@ -252,3 +255,12 @@ def test_gradients_by_hand(tied):
         "loss": total + own, "output": total + 2 * own, "last layer": total + own * tied,
         "first layer": total + own * tied, "step": total + own + 2 * own * tied,
     }  # fmt: skip
+
+
+def test_a_config_that_no_model_can_be_built_from_is_one_line(tmp_path):
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": None}))
+    for words in (["memory"], ["train", "--dry-run"]):
+        with pytest.raises(UserError, match=r"model': no model can be built from its config.json: TypeError"):
+            parse([*words, "--model", str(tmp_path / "model")])()
