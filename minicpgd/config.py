@@ -252,7 +252,8 @@ def check_range(name: str, value: float, least: float, most: float) -> None:
         ConfigError: it does not, or is NaN.
     """
     if not least <= value <= most:
-        raise ConfigError(f"{name} = {shown(value)}: it has to be at least {least:g}, and at most {most:g}")
+        wanted = f"at most {most:g}" if value > most else f"at least {least:g}"
+        raise ConfigError(f"{name} = {shown(value)}: it has to be {wanted}")
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -49,9 +49,7 @@ def load_recipe(name: str) -> Recipe:
         raise ConfigError(f"recipe = {name!r}: {hint}choose from {', '.join(KNOWN)}, or give a YAML file's path")
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (
-        Exception
-    ) as error:  # beside its own kinds, PyYAML raises what its arithmetic does: of 2001-99-99, of !!int ""
+    except Exception as error:  # PyYAML's own kinds, and what it comes to with 2001-99-99 or !!int ""
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     train, expect = _sections(path, content)
     floats = {field.name for field in fields(TrainConfig) if float in (field.type, *get_args(field.type))}

@@ -93,12 +93,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         if len(set(table.column_names)) < table.num_columns:  # to_pylist would keep the last
             raise ValueError(f"a column is there twice, of {', '.join(table.column_names)}")
         rows = table.to_pylist()
-    except (
-        ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # the last two: texts, dates that Python has not
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: dates that Python has not
         raise UserError(f"{path}: not a readable parquet file: {error}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
