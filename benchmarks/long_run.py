@@ -69,19 +69,19 @@ def slope(table: pd.DataFrame, column: str) -> float:
 
 @styled
 def draw(table: pd.DataFrame) -> Figure:
-    """Memory and time of every step, and the lines whose slopes the summary has."""
-    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
-    panels = figure.subplots(2, sharex=True)
+    """Memory, time and reward of every step; of the first two, the lines whose slopes the summary has."""
+    figure = Figure(figsize=(8.4, 6.0), layout="constrained")
+    panels = figure.subplots(3, sharex=True)
     plain = table[table.step % TrainConfig().eval_steps != 0]
-    for which, (axes, column, label) in enumerate(
-        zip(panels, ("held_mib", "cpu_seconds"), ("memory, MiB", "one step, CPU seconds"), strict=True)
-    ):
-        kept = plain[plain.step > len(table) / 10]
+    kept = plain[plain.step > len(table) / 10]
+    drawn = (("held_mib", "memory", "MiB"), ("cpu_seconds", "one step", "CPU s"), ("reward", "mean reward", ""))
+    for which, (axes, (column, name, unit)) in enumerate(zip(panels, drawn, strict=True)):
         axes.plot(plain.step, plain[column], ".", color=COLOURS[which], markersize=2.5, alpha=0.5)
-        line = np.polyval(np.polyfit(kept.step, kept[column], 1), kept.step)
-        axes.plot(kept.step, line, color="black", linewidth=1.6)
-        axes.set(ylabel=label, ylim=(0, 1.15 * plain[column].max()))
-        axes.set_title(f"{slope(table, column):+.2g} per 1,000 steps")
+        if unit:
+            line = np.polyval(np.polyfit(kept.step, kept[column], 1), kept.step)
+            axes.plot(kept.step, line, color="black", linewidth=1.6)
+        axes.set(ylabel=unit, ylim=(0, 1.15 * plain[column].max()))
+        axes.set_title(f"{name}: {slope(table, column):+.2g} {unit} per 1,000 steps" if unit else name)
     panels[-1].set_xlabel("step")
     return figure
 
