@@ -255,6 +255,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == opened
 
     def half(temporary):
+        assert temporary == tmp_path / "a.bin.tmp"  # what a power cut leaves behind is known by its name
         temporary.write_bytes(b"ha")
         raise OSError("no space left")
 
