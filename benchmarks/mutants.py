@@ -100,6 +100,9 @@ def survivors(mutants: Sequence[Mutant], tests: str) -> Iterator[Mutant]:
         for name in (COPY / "loaded.txt").read_text().splitlines():
             with suppress(Exception):
                 importlib.import_module(name)
+    path.write_text("raise ImportError")
+    if not fails(tests, 600)[0]:
+        raise SystemExit(f"these do not look at {path}: {tests}")
     gc.freeze()  # what was loaded is not searched for garbage at the end of every process
     try:
         for i, mutant in enumerate(mutants, 1):

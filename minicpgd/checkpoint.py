@@ -53,7 +53,7 @@ def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, float]
 ) -> Path:
     """Write the state after `step`, and remove all but the two newest. Frozen parameters are left out."""
-    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"model.{name}": p.contiguous() for name, p in model.named_parameters() if p.requires_grad}
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         moments = optimizer.state.get(parameter, {})
         for name, value in moments.items():
