@@ -228,8 +228,9 @@ def odd(value):
 
 def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
     model, optimizer = odd(7.0)
-    save_checkpoint(tmp_path / "checkpoints", 12, model, optimizer, {"drift_coef": 0.25, "also": 3.0})
+    path = save_checkpoint(tmp_path / "checkpoints", 12, model, optimizer, {"drift_coef": 0.25, "also": 3.0})
     checkpoint = load_checkpoint(tmp_path / "checkpoints", pytest.fail)
+    assert checkpoint.path == path == tmp_path / "checkpoints" / "step-000012.safetensors"
     assert (checkpoint.step, checkpoint.extra) == (12, {"drift_coef": 0.25, "also": 3.0})
     with pytest.raises(FrozenInstanceError):
         checkpoint.step = 13
