@@ -1,5 +1,6 @@
 """A run that was interrupted, in whatever way, ends as if nothing had happened."""
 
+import json
 import os
 import random
 import resource
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import minicpgd.cli
@@ -216,8 +219,9 @@ def test_a_checkpoint_holds_all_that_a_step_needs(small):
 
 
 def odd(value):
-    """Parameters of which one does not lie in order and one is frozen; moments like those of bitsandbytes."""
-    model = nn.ParameterDict({"turned": torch.full((3, 2), value).cumsum(0).t(), "plain": torch.full((2,), value)})
+    """Parameters of which one does not lie in order, one is bfloat16, and one frozen; moments like those of bitsandbytes."""
+    turned, plain = torch.full((3, 2), value).cumsum(0).t(), torch.full((2,), value, dtype=torch.bfloat16)
+    model = nn.ParameterDict({"turned": turned, "plain": plain})
     model["frozen"] = nn.Parameter(torch.full((2,), value), requires_grad=False)
     optimizer = torch.optim.SGD([model["turned"], model["plain"], nn.Parameter(torch.ones(1))])
     book = torch.arange(3) * value
@@ -245,6 +249,30 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
     for state in states:
         assert (state["step"], state["counts"].tolist(), state["qmap1"].tolist()) == (7, [5, 7], [0, 7, 14])
         assert isinstance(state["step"], int)
+
+
+CHANGES = {
+    "nothing": lambda tensors, header: None,
+    "the order of the header": lambda tensors, header: header.update(step=header.pop("step")),
+    "the step": lambda tensors, header: header.update(step=13),
+    "what the loop carries": lambda tensors, header: header["extra"].update(drift_coef=9.0),
+    "a name": lambda tensors, header: tensors.update({"model.plain2": tensors.pop("model.plain")}),
+    "a shape": lambda tensors, header: tensors.update({"model.plain": tensors["model.plain"][None]}),
+    "a type": lambda tensors, header: tensors.update({"model.plain": tensors["model.plain"].view(torch.int16)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_whose_file_was_written_again_is_whole_only_if_it_says_the_same(change, tmp_path):
+    path = save_checkpoint(tmp_path, 12, *odd(7.0), {"drift_coef": 0.25})
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["minicpgd"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    CHANGES[change](tensors, header)
+    save_file(tensors, path, metadata={"minicpgd": json.dumps(header)})
+    warnings = []
+    whole = load_checkpoint(tmp_path, warnings.append) is not None
+    assert whole == (change in ("nothing", "the order of the header")) == (not warnings)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts open files in /proc")
