@@ -219,7 +219,7 @@ def test_a_checkpoint_holds_all_that_a_step_needs(small):
 
 
 def odd(value):
-    """Parameters of which one does not lie in order, one is bfloat16, and one frozen; moments like those of bitsandbytes."""
+    """One parameter does not lie in order, one is bfloat16, one frozen; the moments are like those of bitsandbytes."""
     turned, plain = torch.full((3, 2), value).cumsum(0).t(), torch.full((2,), value, dtype=torch.bfloat16)
     model = nn.ParameterDict({"turned": turned, "plain": plain})
     model["frozen"] = nn.Parameter(torch.full((2,), value), requires_grad=False)
@@ -230,8 +230,10 @@ def odd(value):
     return model, optimizer
 
 
-def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
-    model, optimizer = odd(7.0)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_checkpoint_gives_back_what_it_was_given(device, tmp_path):
+    with torch.device(device):
+        model, optimizer = odd(7.0)
     path = save_checkpoint(tmp_path / "checkpoints", 12, model, optimizer, {"drift_coef": 0.25, "also": 3.0})
     checkpoint = load_checkpoint(tmp_path / "checkpoints", pytest.fail)
     assert checkpoint.path == path == tmp_path / "checkpoints" / "step-000012.safetensors"
