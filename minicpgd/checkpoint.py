@@ -59,7 +59,7 @@ def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, float]
 ) -> Path:
     """Write the state after `step`, and remove all but the two newest. Frozen parameters are left out."""
-    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"model.{name}": p.contiguous() for name, p in model.named_parameters() if p.requires_grad}
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= _moments(i, optimizer.state.get(parameter, {}))
     header = {"step": step, "extra": extra}
@@ -182,5 +182,5 @@ def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

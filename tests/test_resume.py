@@ -1,5 +1,6 @@
 """A run that was interrupted, in whatever way, ends as if nothing had happened."""
 
+import json
 import os
 import random
 import resource
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import minicpgd.cli
@@ -121,6 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(damage, small, tmp_path
     assert len(warnings) == 1
     assert str(newest) in warnings[0]
     assert "\n" not in warnings[0]
+    assert damage != "flip" or "damaged (its content does not match its digest)" in warnings[0]
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
@@ -276,19 +280,24 @@ class Counting(torch.optim.SGD):
 
 
 def odd(value):
-    """Parameters of which one does not lie in order, one is frozen, and one was never stepped."""
-    model = nn.ParameterDict({"turned": torch.full((3, 2), value).cumsum(0).t(), "plain": torch.full((2,), value)})
+    """One parameter does not lie in order, one is bfloat16, one frozen; the moments are like those of bitsandbytes."""
+    turned, plain = torch.full((3, 2), value).cumsum(0).t(), torch.full((2,), value, dtype=torch.bfloat16)
+    model = nn.ParameterDict({"turned": turned, "plain": plain})
     model["frozen"] = nn.Parameter(torch.full((2,), value), requires_grad=False)
     optimizer = Counting([model["turned"], model["plain"], nn.Parameter(torch.ones(1))])
-    model["turned"].grad, model["plain"].grad = torch.ones(2, 3), torch.ones(2)
+    for p in model["turned"], model["plain"]:
+        p.grad = torch.ones_like(p)
     optimizer.step(int(value))
     return model, optimizer
 
 
-def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
-    model, optimizer = odd(7.0)
-    save_checkpoint(tmp_path / "checkpoints", 12, model, optimizer, {"drift_coef": 0.25})
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_checkpoint_gives_back_what_it_was_given(device, tmp_path):
+    with torch.device(device):
+        model, optimizer = odd(7.0)
+    path = save_checkpoint(tmp_path / "checkpoints", 12, model, optimizer, {"drift_coef": 0.25})
     checkpoint = load_checkpoint(tmp_path / "checkpoints", pytest.fail)
+    assert checkpoint.path == path == tmp_path / "checkpoints" / "step-000012.safetensors"
     assert (checkpoint.step, checkpoint.extra) == (12, {"drift_coef": 0.25})
     with pytest.raises(FrozenInstanceError):
         checkpoint.step = 13
@@ -305,6 +314,30 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
         assert isinstance(state["step"], int)
 
 
+CHANGES = {
+    "nothing": lambda tensors, header: None,
+    "the order of the header": lambda tensors, header: header.update(step=header.pop("step")),
+    "the step": lambda tensors, header: header.update(step=13),
+    "what the loop carries": lambda tensors, header: header["extra"].update(drift_coef=9.0),
+    "a name": lambda tensors, header: tensors.update({"model.plain2": tensors.pop("model.plain")}),
+    "a shape": lambda tensors, header: tensors.update({"model.plain": tensors["model.plain"][None]}),
+    "a type": lambda tensors, header: tensors.update({"model.plain": tensors["model.plain"].view(torch.int16)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_whose_file_was_written_again_is_whole_only_if_it_says_the_same(change, tmp_path):
+    path = save_checkpoint(tmp_path, 12, *odd(7.0), {"drift_coef": 0.25})
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["minicpgd"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    CHANGES[change](tensors, header)
+    save_file(tensors, path, metadata={"minicpgd": json.dumps(header)})
+    warnings = []
+    whole = load_checkpoint(tmp_path, warnings.append) is not None
+    assert whole == (change in ("nothing", "the order of the header")) == (not warnings)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts open files in /proc")
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """Its content is forced there before it is renamed, the new name after; a failure leaves what was there before."""
@@ -315,6 +348,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == opened
 
     def half(temporary):
+        assert temporary == tmp_path / "a.bin.tmp"  # what a power cut leaves behind is known by its name
         temporary.write_bytes(b"ha")
         raise OSError("no space left")
 
