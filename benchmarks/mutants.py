@@ -54,7 +54,7 @@ TESTS = {  # the quick ones first: one that fails ends the turn
     "test_qlora.py::test_responses_generated_in_parts test_policy_and_rollout.py test_experience.py -k 'not chunk'",
     "checkpoint": "test_resume.py::test_a_checkpoint_gives_back_what_it_was_given "
     "test_resume.py::test_a_checkpoint_whose_file_was_written_again_is_whole_only_if_it_says_the_same "
-    "test_resume.py::test_a_file_is_on_the_disk_before_it_has_its_name test_resume.py "
+    "test_resume.py::test_a_file_is_on_the_disk_before_it_has_its_name test_any_damage.py test_resume.py "
     "-k 'not (kill_9 or signal or full_disk)'",
 }
 

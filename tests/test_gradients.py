@@ -273,6 +273,16 @@ def test_metrics_by_hand():
     assert metrics["ratio_p99"] == pytest.approx(2.48)
 
 
+@pytest.mark.parametrize(("n", "low", "high"), [(150, 1, 148), (151, 2, 148)])
+def test_percentiles_are_the_ratios_of_the_nearest_rank(n, low, high):
+    """Of n sorted ratios, that at 0.01 (n - 1) and at 0.99 (n - 1), counted from 0: 1.49 and 147.51, 1.5 and 148.5."""
+    ratios = torch.linspace(0.5, 2.0, n, dtype=torch.float64)
+    one, mask = torch.ones(1), torch.ones(1, n)
+    metrics = loss_of("pg", ratios.flip(0).log()[None], torch.zeros(1, n, dtype=torch.float64), one, mask).metrics
+    assert metrics["ratio_p01"] == pytest.approx(ratios[low].item())
+    assert metrics["ratio_p99"] == pytest.approx(ratios[high].item())
+
+
 @pytest.mark.parametrize("A", SIGNS)
 def test_cispo_counts_the_tokens_whose_weight_is_capped(A):
     old = torch.tensor([[-2.0, -1.5, -1.3, -0.9]], dtype=torch.float64)
