@@ -124,5 +124,7 @@ def test_auto_drift_coef():
         advantages = ALGORITHMS["cpgd"].advantages(rewards, torch.ones(1, group))
         assert auto_drift_coef(advantages) == pytest.approx((group - 1) / group**0.5, rel=1e-3)
         assert auto_drift_coef(-advantages) == pytest.approx((group - 1) / group**0.5, rel=1e-3)
+    assert auto_drift_coef(torch.tensor([0.25, -0.5])) == 0.5
+    assert isinstance(auto_drift_coef(torch.ones(4)), float)
     assert auto_drift_coef(torch.zeros(4), previous=0.7) == 0.7
     assert auto_drift_coef(torch.zeros(4)) == 1.0
