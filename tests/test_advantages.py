@@ -18,12 +18,13 @@ def rows_of(tensor):
 
 
 def test_group_normalised():
-    """grpo and cpgd: (R - mean) / (std + 1e-4), ddof 1."""
+    """grpo, cpgd, their parts and relatives: (R - mean) / (std + 1e-4), ddof 1."""
     expected = []
     for group in rows_of(REWARDS):
         mean, deviation = statistics.mean(group), statistics.stdev(group)
         expected.append([(r - mean) / (deviation + 1e-4) for r in group])
-    for name in ("cpgd", "grpo", "dapo", "gspo", "grpo_drift"):
+    others = {"rloo", "rloo_drift", "reinforce_pp", "reinforce_pp_drift", "reinforce_pp_baseline", "dr_grpo"}
+    for name in ALGORITHMS.keys() - others:
         assert ALGORITHMS[name].advantages(REWARDS, LENGTHS).tolist() == [pytest.approx(row) for row in expected]
 
 
