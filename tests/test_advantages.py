@@ -18,12 +18,13 @@ def rows_of(tensor):
 
 
 def test_group_normalised():
-    """grpo and cpgd: (R - mean) / (std + 1e-4), ddof 1."""
+    """grpo, cpgd, their parts and relatives: (R - mean) / (std + 1e-4), ddof 1."""
     expected = []
     for group in rows_of(REWARDS):
         mean, deviation = statistics.mean(group), statistics.stdev(group)
         expected.append([(r - mean) / (deviation + 1e-4) for r in group])
-    for name in ("cpgd", "grpo", "dapo", "gspo", "grpo_drift"):
+    others = {"rloo", "rloo_drift", "reinforce_pp", "reinforce_pp_drift", "reinforce_pp_baseline", "dr_grpo"}
+    for name in ALGORITHMS.keys() - others:
         assert ALGORITHMS[name].advantages(REWARDS, LENGTHS).tolist() == [pytest.approx(row) for row in expected]
 
 
@@ -124,5 +125,7 @@ def test_auto_drift_coef():
         advantages = ALGORITHMS["cpgd"].advantages(rewards, torch.ones(1, group))
         assert auto_drift_coef(advantages) == pytest.approx((group - 1) / group**0.5, rel=1e-3)
         assert auto_drift_coef(-advantages) == pytest.approx((group - 1) / group**0.5, rel=1e-3)
+    assert auto_drift_coef(torch.tensor([0.25, -0.5])) == 0.5
+    assert isinstance(auto_drift_coef(torch.ones(4)), float)
     assert auto_drift_coef(torch.zeros(4), previous=0.7) == 0.7
     assert auto_drift_coef(torch.zeros(4)) == 1.0

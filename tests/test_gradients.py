@@ -57,6 +57,7 @@ def gradient(name, logp, *others, **changes):
 
 def test_every_row_has_its_gradient_here():
     assert set(BY_HAND) == set(ALGORITHMS)
+    assert {type(row.drift) for row in ALGORITHMS.values()} == {bool}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -174,6 +175,15 @@ def test_aggregations_by_hand():
         ALGORITHMS["dr_grpo"].loss(old, old, advantages, mask)
 
 
+def test_what_few_rows_have_of_their_own():
+    """As their papers say: GSPO's ratio of a response, DAPO's upper bound, and REINFORCE++'s KL in the reward."""
+    rows = ALGORITHMS.values()
+    assert {row.name: row.level for row in rows if row.level != "token"} == {"gspo": "sequence_mean"}
+    assert {row.name: row.epsilon_high for row in rows if row.epsilon_high is not None} == {"dapo": 0.28}
+    assert {row.name for row in rows if row.reference_kl == "reward"} == {"reinforce_pp", "reinforce_pp_drift"}
+    assert {row.reference_kl for row in rows} == {"loss", "reward"}
+
+
 def test_sequence_levels_by_hand():
     """gspo: geometric mean of the ratios; rloo at the sequence level: their product. Both over real tokens only."""
     logp, old, advantages, mask = random_batch(spread=0.1)
@@ -244,6 +254,10 @@ def test_the_reference_kl():
     e = (ref - logp)[mask]
     output = loss_of("grpo", logp, old, advantages, mask, beta=0.5, ref_logp=ref)
     assert output.metrics["kl_ref"] == pytest.approx((e.exp() - 1 - e).mean().item())
+    start = old.float()
+    far = loss_of("grpo", start - 88, start, advantages, mask, beta=0.5, ref_logp=start).metrics["kl_ref"]
+    assert far == pytest.approx(math.exp(88), rel=1e-4)  # the sum of these does not fit into float32
+    assert type(far) is float
     with pytest.raises(ValueError, match="ref_logp"):
         loss_of("grpo", logp, old, advantages, mask, beta=0.5)
     in_reward = loss_of("reinforce_pp", logp, old, advantages, mask, beta=0.5)
