@@ -201,11 +201,11 @@ def test_a_prompt_is_read_once_and_asked_for_its_last_logits_only(policy):
     assert [shape[0] for shape in shapes] == rows == [3, 12]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_responses_that_have_ended_leave_once_they_are_half_of_the_batch(policy, seed):
+@pytest.mark.parametrize(("group", "seed"), [(2, 0), (2, 1), (2, 2), (8, 0)])
+def test_responses_that_have_ended_leave_once_they_are_half_of_the_batch(policy, group, seed):
     shapes, _ = watched(policy.model)
-    lengths = roll(policy, problems(2), group=2, seed=seed).lengths
-    batch, wanted = 4, [2]  # each prompt is read once
+    lengths = roll(policy, problems(2), group=group, seed=seed).lengths
+    batch, wanted = 2 * group, [2]  # each prompt is read once
     for t in range(1, int(lengths.max())):
         running = int((lengths > t).sum())
         batch = running if 2 * running <= batch else batch
