@@ -77,9 +77,9 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
     for path in _newest_first(folder):
         try:
             with safe_open(path, "pt") as file:
-                header = parse_json((file.metadata() or {}).get("minicpgd", "null"))
+                header = parse_json(file.metadata()["minicpgd"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if not isinstance(header, dict) or header.pop("digest", None) != _digest(tensors, header):
+            if not isinstance(header, dict) or header.pop("digest") != _digest(tensors, header):
                 raise ValueError("its content does not match its digest")
             step, extra = header.get("step"), header.get("extra")
             if type(step) is not int or step < 0 or path.name != _name(step):
@@ -87,7 +87,7 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
             if not isinstance(extra, dict) or extra.keys() != EXTRA or not all(map(_is_finite, extra.values())):
                 raise ValueError(f"its extra values are {shown(extra)}")
             return Checkpoint(path, step, tensors, extra)
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
             warn(one_line(f"{path}: damaged ({error}); going back to the one before"))
