@@ -162,7 +162,9 @@ def faults() -> pd.DataFrame:
         counts = (len(cases), (cases["lost"] > 0).sum(), cases["wrong"].notna().sum(), cases["shown"].notna().sum())
         seconds = f"{cases['seconds'].median():.1f}; {cases['seconds'].max():.1f}"
         names = ("struck", "lost steps", "resumed wrongly", "told badly")
-        rows.append({"fault": fault, **dict(zip(names, counts, strict=True)), "s to its end: median; longest": seconds})
+        idle = int((cases["code"] == 0).sum())
+        told = {"fault": fault, **dict(zip(names, counts, strict=True)), "without effect": idle}
+        rows.append(told | {"s until the process ended: median; longest": seconds})
     return pd.DataFrame(rows)
 
 

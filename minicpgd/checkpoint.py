@@ -81,8 +81,8 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if not isinstance(header, dict) or header.pop("digest") != _digest(tensors, header):
                 raise ValueError("its content does not match its digest")
-            step, extra = header.get("step"), header.get("extra")
-            if type(step) is not int or step < 0 or path.name != _name(step):
+            step, extra = header["step"], header["extra"]
+            if path.name != _name(step):
                 raise ValueError(f"it says that it is of step {shown(step)}")
             if not isinstance(extra, dict) or extra.keys() != EXTRA or not all(map(_is_finite, extra.values())):
                 raise ValueError(f"its extra values are {shown(extra)}")

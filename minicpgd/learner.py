@@ -53,7 +53,7 @@ class Learner:
     def from_config(cls, config: TrainConfig) -> "Learner":
         """Load what the config names."""
         task = task_of(config)
-        reward = load_reward(config.reward) if config.reward else task.reward  # before what takes long
+        reward = load_reward(config.reward) if config.reward is not None else task.reward  # before what takes long
         policy = policy_of(config)
         policy.model.train()
         trained = [p for p in policy.model.parameters() if p.requires_grad]

@@ -79,7 +79,7 @@ def dry_run(config: TrainConfig, recipe: Recipe | None = None) -> None:
         UserError: the model is unknown, or the data are not where they should be.
     """
     refuse_existing(config.folder)
-    if config.reward:
+    if config.reward is not None:
         load_reward(config.reward)
     architecture = model_config(config.model)
     on_card = torch.cuda.is_available() or config.load_in_4bit

@@ -22,6 +22,7 @@ from minicpgd.mathematics import UnavailableError, same_value
 
 RewardFunction = Callable[..., list[float]]
 
+LARGEST = 1e15  # rewards are summed and squared in float32, which ends at 3e38
 _FINAL_ANSWER = re.compile(r"[^#]*#([^#]*)")
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` steps over `\{` and `\}`, which are letters
 _AFTER_BOX = re.compile(r"(?:[\s.,$*]|\\\]|\\\))*")  # what may close a sentence or a formula
@@ -224,9 +225,10 @@ def _call(
             "each"
         )
     for completion, reward, number in zip(completions, rewards, numbers, strict=True):
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:
             raise UserError(
-                f"reward function {name} returned {shown(reward)} for {shown(completion)}; a finite number is needed"
+                f"reward function {name} returned {shown(reward)} for {shown(completion)}; "
+                f"a finite number is needed, of {LARGEST:g} at most"
             )
     return numbers
 

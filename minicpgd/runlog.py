@@ -104,7 +104,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if type(row.get("step")) is not int or row["step"] < 0:
                 raise ValueError(f"step = {shown(row.get('step'))}: a step is a number, from 0 on")
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
+            raise UserError(f"{path}, line {number}: {error}; without that line the file can be read") from error
         rows.append(row)
     return rows
 
@@ -180,6 +180,11 @@ class RunLog:
         if config != stored:
             write_atomically(folder / "config.json", config.save)
         return cls(folder, config)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step has been logged."""
+        return bool(read_lines(self.folder / "metrics.jsonl"))
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:

@@ -72,10 +72,13 @@ def _go_on(learner: Learner, log: RunLog, listener: Listener) -> Path:
             raise UserError(f"{saved}: of a step after max_steps = {config.max_steps}; it is not of this run")
         restore(checkpoint, learner.policy.model, learner.optimizer)
         learner.drift_coef = checkpoint.extra["drift_coef"]
-        listener.resumed(done)
+    elif log.has_begun:
+        listener.warn(f"{log.folder / 'checkpoints'}: none that is whole; beginning again, from step 0")
     if gone := log.keep_until(done):
         listener.warn(f"{log.folder / 'metrics.jsonl'}: the line of step {gone[0]} is gone ({len(gone)} in all)")
     forget_newer(log.folder / "checkpoints", checkpoint)
+    if checkpoint:
+        listener.resumed(done)
 
     for step in range(done + 1, config.max_steps + 1):
         try:

@@ -136,7 +136,8 @@ def test_all_checkpoints_damaged_starts_over(small):
         path.write_bytes(b"nonsense")
     warnings = []
     train(small(max_steps=4, save_steps=1), resume=True, listener=Listener(warn=warnings.append))
-    assert len(warnings) == 2
+    assert len(warnings) == 3
+    assert "beginning again, from step 0" in warnings[2]
     assert (folder / "metrics.jsonl").read_bytes().startswith(whole)
 
 
