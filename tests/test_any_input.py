@@ -68,7 +68,7 @@ def test_any_bytes_are_a_config_or_a_line_that_names_the_file(folder, given):
         ('{"seed": 1, "seed": 2}', "'seed' is there twice"),
         ("[" * 99999, "thousands of brackets"),
         ('{"seed": ' + "1" * 5000 + "}", "not a readable config"),
-        ('{"seed": 1' + "0" * 30 + "}", "at least 0, and at most 9"),
+        ('{"seed": 1' + "0" * 30 + "}", "at most 9"),
     ],
 )
 def test_configs_that_json_reads_in_its_own_way(tmp_path, text, line):
@@ -77,7 +77,7 @@ def test_configs_that_json_reads_in_its_own_way(tmp_path, text, line):
 
 
 def test_a_number_too_long_to_be_written_is_one_line():
-    assert told(TrainConfig, seed=10**5000).startswith("seed = a value of type int: it has to be at least 0")
+    assert told(TrainConfig, seed=10**5000).startswith("seed = a value of type int: it has to be at most")
 
 
 @many(150)
