@@ -1,5 +1,6 @@
 """A run that was interrupted, in whatever way, ends as if nothing had happened."""
 
+import errno
 import json
 import os
 import random
@@ -171,6 +172,18 @@ def test_a_damaged_checkpoint_does_not_stay(small):
     (checkpoints / "step-000005.safetensors").write_bytes(b"nonsense")
     train(small(max_steps=9, save_steps=4), resume=True, listener=stop_at(8))
     assert sorted(p.name[5:11] for p in checkpoints.iterdir()) == ["000004", "000008"]
+
+
+def test_a_checkpoint_that_memory_cannot_hold_is_not_damaged(tmp_path, monkeypatch):
+    """Passed over, it would be removed."""
+    save_checkpoint(tmp_path, 12, *odd(7.0), {"drift_coef": 0.25})
+
+    def full(*_):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("minicpgd.checkpoint.safe_open", full)
+    with pytest.raises(OSError, match="allocate memory"):
+        load_checkpoint(tmp_path, pytest.fail)
 
 
 def test_two_checkpoints_are_kept(small):
