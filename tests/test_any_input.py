@@ -241,7 +241,7 @@ def typed(words):
     return code, out.getvalue(), err.getvalue()
 
 
-@many(200)
+@many(100)
 @given(
     st.lists(st.sampled_from(WORDS + FLAGS) | st.text(max_size=9), max_size=5)
     | st.tuples(st.sampled_from(WORDS[:9]), st.sampled_from(FLAGS), st.sampled_from(WORDS)).map(list)
