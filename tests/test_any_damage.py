@@ -245,7 +245,7 @@ LINES = [
 ]
 
 
-@many(150)
+@many(75)
 @given(
     log=st.sampled_from(LOGS),
     line=st.sampled_from(LINES) | content | values.map(lambda value: json.dumps({"step": value}).encode()),

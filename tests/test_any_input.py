@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 # Configs and recipes -------------------------------------------------------------------------------------------------
 
 
-@many(300)
+@many(100)
 @given(objects)
 def test_any_object_is_a_config_or_a_line_that_names_its_field(folder, given):
     path = folder / "config.json"
@@ -53,7 +53,7 @@ def test_any_object_is_a_config_or_a_line_that_names_its_field(folder, given):
         assert all(getattr(config, name) == value for name, value in given.items())
 
 
-@many(200)
+@many(100)
 @given(content | values.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_a_config_or_a_line_that_names_the_file(folder, given):
     path = folder / "config.json"
@@ -80,7 +80,7 @@ def test_a_number_too_long_to_be_written_is_one_line():
     assert told(TrainConfig, seed=10**5000).startswith("seed = a value of type int: it has to be at most")
 
 
-@many(150)
+@many(75)
 @given(
     content
     | objects.map(lambda o: yaml.safe_dump({"train": o}).encode())

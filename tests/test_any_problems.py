@@ -117,7 +117,7 @@ COLUMNS = {
 }
 
 
-@many(150)
+@many(75)
 @given(st.data())
 def test_any_damage_to_a_parquet_file_is_rows_or_one_line(folder, data):
     path = folder / "mine.parquet"
@@ -248,7 +248,7 @@ def test_a_module_that_leaves_when_it_is_imported_is_one_line(tmp_path, monkeypa
     assert told(load_reward, "leaves:f") == "reward = 'leaves:f': SystemExit"
 
 
-@many(200)
+@many(100)
 @given(
     st.text()
     | st.lists(

@@ -12,7 +12,7 @@ from minicpgd import ALGORITHMS, TrainConfig, train
 from minicpgd.policy import quiet
 
 PRECISIONS = {"full precision": {}, "4-bit": {"load_in_4bit": True, "lora_r": 8, "beta": 0.05}}
-SHORT = {"max_steps": 2, "num_iterations": 2, "logging_steps": 1}
+SHORT = {"max_steps": 1, "num_iterations": 2, "logging_steps": 1, "eval_problems": 2}
 FILES = ("metrics.jsonl", "samples.jsonl", "passes.jsonl")
 
 
@@ -47,4 +47,4 @@ def twice(tmp_path_factory):
 def test_a_run_repeats_itself_to_the_byte(name, precision, twice):
     first, again = (found[name, precision] for found in twice)
     assert first == again
-    assert first["metrics.jsonl"].count(b"\n") == 3
+    assert first["metrics.jsonl"].count(b"\n") == 2

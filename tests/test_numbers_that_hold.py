@@ -14,7 +14,7 @@ from minicpgd.algorithms import AGGREGATIONS
 from minicpgd.surrogates import LEVELS
 
 BETA = 0.3
-some = settings(max_examples=10, deadline=None, derandomize=True)
+some = settings(max_examples=5, deadline=None, derandomize=True)
 every_row = pytest.mark.parametrize("name", ALGORITHMS)
 
 
