@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest, bootstrap
 
 WINDOW = 10
 HEALTHY = 0.5
@@ -59,6 +58,8 @@ def collapsed(reward: ArrayLike, start: float) -> bool:
 
 def share(successes: int, n: int) -> Estimate:
     """A share of n runs with its Wilson interval (Wilson 1927)."""
+    from scipy.stats import binomtest  # here, as its half a second is more than most commands need
+
     interval = binomtest(int(successes), int(n)).proportion_ci(0.95, method="wilson")
     return Estimate(successes / n, interval.low, interval.high)
 
@@ -69,5 +70,7 @@ def mean(per_seed: ArrayLike) -> Estimate:
     if len(values) < 2 or np.ptp(values) == 0:
         spread = values[0] if len(values) > 1 else np.nan
         return Estimate(values.mean(), spread, spread)
+    from scipy.stats import bootstrap
+
     drawn = bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
     return Estimate(values.mean(), *drawn.confidence_interval)

@@ -23,9 +23,10 @@ from minicpgd.tasks import get_task
 
 PROCESSES = 2
 JOBS = {
-    "cpgd": {"num_iterations": 4, "max_steps": 48},
+    "cpgd": {"num_iterations": 4, "max_steps": 32},
     "dapo": {"num_iterations": 2, "max_steps": 4},  # a mean over tokens, of which the ranks have unequal shares
 }
+REPLAYED = 12  # updates at most: three of the eight rollouts
 
 
 class Recorded(CPGDTrainer):
@@ -64,7 +65,7 @@ def train(name: str, folder: Path, rank: int, world: int) -> None:
             disable_tqdm=True,
             use_cpu=True,
             bf16=False,
-            **JOBS[name],
+            **JOBS[name] | ({"max_steps": min(JOBS[name]["max_steps"], REPLAYED)} if world == 1 else {}),
         ),
         train_dataset=Dataset.from_list(task.sample(512, random.Random(0))),
         processing_class=AutoTokenizer.from_pretrained(EMBEDDED),

@@ -141,12 +141,12 @@ def test_the_embedded_model_is_what_it_is_said_to_be(policy):
 def test_pretraining_makes_a_model_from_a_seed(tmp_path, cli):
     """A few steps of it: the same seed the same model, another seed another; the folder loads."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pretrain(tmp_path / name, seed=seed, steps=6)
+        pretrain(tmp_path / name, seed=seed, steps=3)
     assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
     assert largest_difference(tmp_path / "a", tmp_path / "c") > 0.01
     assert largest_difference(tmp_path / "a") > 0.01
     loaded = load_policy(str(tmp_path / "a"))
     assert loaded.tokenizer.decode(loaded.tokenizer("7+5*3=")["input_ids"]) == "7+5*3="
-    out = cli("pretrain", "--folder", tmp_path / "d", "--steps", 6)
+    out = cli("pretrain", "--folder", tmp_path / "d", "--steps", 3)
     assert "the weights are not those shipped" in out
     assert "worked share" in out

@@ -38,9 +38,9 @@ QLORA = {"load_in_4bit": True, "lora_r": 16}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three seeds of the embedded model, 15 steps, as a user would run them: each in a process."""
+    """Three seeds of the embedded model, 10 steps, as a user would run them: each in a process."""
     folder = str(tmp_path_factory.mktemp("qlora"))
-    common = {**QLORA, "learning_rate": 2e-4, "max_steps": 15, "eval_steps": 15}
+    common = {**QLORA, "num_prompts": 8, "learning_rate": 3e-4, "max_steps": 10}
     configs = [TrainConfig(output_dir=f"{folder}/{seed}", seed=seed, **common) for seed in range(3)]
     return list(run_all(configs, on_wait=lambda: None))
 
@@ -72,7 +72,7 @@ def test_only_the_adapter_is_trained_and_saved(trained):
     ours, theirs = (dequantised(p.peft.get_base_model()) for p in (policy, fresh))
     assert len(ours) == 14  # seven linear layers in each of two blocks
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    checkpoint = run / "checkpoints" / "step-000015.safetensors"
+    checkpoint = run / "checkpoints" / "step-000010.safetensors"
     with safe_open(checkpoint, "pt") as file:
         stored = set(file.keys())
     assert {name for name in stored if name.startswith("model.")} == {f"model.{n}" for n in names}
@@ -126,7 +126,8 @@ def test_the_card_says_how_it_went(trained, tmp_path):
     assert f"| {before:.3f} | {after:.3f} |" in text
     assert before < after
     assert f"in the last 10 steps | {metrics['reward'][0]:.3f} | {metrics['reward'][-10:].mean():.3f} |" in text
-    assert "minicpgd train --load-in-4bit --lora-r 16 --max-steps 15 --learning-rate 0.0002 --eval-steps 15" in text
+    asked = "--load-in-4bit --lora-r 16 --max-steps 10 --num-prompts 8 --learning-rate 0.0003"
+    assert f"minicpgd train {asked}" in text
 
 
 def test_four_bit_weights_swallow_a_gentle_adapter(trained):
@@ -214,7 +215,7 @@ def words(n):
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def folder_of_random_weights(request, tmp_path_factory):
     shape = {
-        "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "vocab_size": 4_000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "pad_token_id": 0, "eos_token_id": 1,
         "bos_token_id": None, "tie_word_embeddings": request.param == "qwen3",
     }  # fmt: skip
@@ -223,7 +224,7 @@ def folder_of_random_weights(request, tmp_path_factory):
         LlamaForCausalLM(LlamaConfig(**shape)) if request.param == "llama" else Qwen3ForCausalLM(Qwen3Config(**shape))
     )
     folder = tmp_path_factory.mktemp(request.param)
-    Policy(model, words(32_000)).save(folder / "model")
+    Policy(model, words(4_000)).save(folder / "model")
     return folder / "model"
 
 

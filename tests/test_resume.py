@@ -26,7 +26,7 @@ from minicpgd.learner import Learner
 from minicpgd.trainer import Listener
 
 FLAGS = (
-    "--max-steps 24 --num-prompts 2 --num-generations 4 --num-minibatches 2 --num-iterations 2 --eval-steps 5 "
+    "--max-steps 12 --num-prompts 2 --num-generations 4 --num-minibatches 2 --num-iterations 2 --eval-steps 5 "
     "--eval-problems 8 --save-steps 3 --logging-steps 2"
 ).split()
 KILLS = int(os.environ.get("MINICPGD_KILLS", "1"))
@@ -46,7 +46,7 @@ def results(folder):
         "samples.jsonl",
         "passes.jsonl",
         "model/model.safetensors",
-        "checkpoints/step-000024.safetensors",
+        "checkpoints/step-000012.safetensors",
     )
     return {name: (folder / name).read_bytes() for name in names}
 
@@ -63,7 +63,7 @@ def undisturbed(tmp_path_factory):
 def test_kill_9_at_a_random_moment(attempt, undisturbed, tmp_path):
     """MINICPGD_KILLS=30 for the long version."""
     rng, folder, kills = random.Random(time.time_ns() + attempt), tmp_path / "run", 0
-    while not (folder / "model" / "model.safetensors").exists() and kills < 3:
+    while not (folder / "model" / "model.safetensors").exists() and kills < 2:
         if (folder / "config.json").exists():
             process = subprocess.Popen(command("train", "--resume", folder), stdout=subprocess.DEVNULL)
         else:
@@ -78,7 +78,7 @@ def test_kill_9_at_a_random_moment(attempt, undisturbed, tmp_path):
     assert done.returncode == 0, done.stderr
     assert results(folder) == undisturbed
     steps = load_run(folder).metrics["step"].tolist()
-    assert steps == list(range(25))
+    assert steps == list(range(13))
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -98,10 +98,8 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(number, undisturbed, t
     assert "Traceback" not in err
     last = int(load_run(folder).metrics["step"][-1])
     assert (folder / "checkpoints" / f"step-{last:06d}.safetensors").exists()
-    done = run_cli("train", "--resume", folder)
-    assert done.returncode == 0, done.stderr
-    ours = results(folder)
-    assert ours == undisturbed
+    train(load_run(folder).config, resume=True)
+    assert results(folder) == undisturbed
 
 
 def stop_at(step):
@@ -383,7 +381,7 @@ def test_a_full_disk(small):
     assert "cannot be written" in done.stderr
     assert f"minicpgd train --resume {folder}" in done.stderr
     assert {p: p.read_bytes() for p in (folder / "checkpoints").iterdir()} == before
-    assert run_cli("train", "--resume", folder).returncode == 0
+    train(small(max_steps=6, save_steps=1), resume=True)
     whole = train(small("whole", max_steps=6, save_steps=1))
     torch.testing.assert_close(load_run(folder).metrics, load_run(whole).metrics, equal_nan=True, rtol=0, atol=0)
     assert Path(folder, "model").is_dir()
