@@ -84,7 +84,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_a_killed_study_goes_on_and_makes_nothing_twice(undisturbed, tmp_path):
-    """Killed at a random moment; the tables are those of an undisturbed one, byte for byte. MINICPGD_KILLS=30 for more."""
+    """Killed at a random moment; the tables are those of an undisturbed one. MINICPGD_KILLS=30 for the long version."""
     rng, folder, seen = random.Random(time.time_ns()), tmp_path / "killed", {}
     for attempt in itertools.count():
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), "10"], cwd=ROOT)
