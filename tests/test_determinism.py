@@ -12,7 +12,7 @@ from minicpgd import ALGORITHMS, TrainConfig, train
 from minicpgd.policy import quiet
 
 PRECISIONS = {"full precision": {}, "4-bit": {"load_in_4bit": True, "lora_r": 8, "beta": 0.05}}
-SHORT = {"max_steps": 1, "num_iterations": 2, "logging_steps": 1, "eval_problems": 2}
+SHORT = {"max_steps": 1, "num_iterations": 2, "logging_steps": 1, "eval_problems": 2, "max_completion_length": 16}
 FILES = ("metrics.jsonl", "samples.jsonl", "passes.jsonl")
 
 

@@ -33,7 +33,7 @@ from tests.test_study import tiny
 from minicpgd.study import run_study
 if __name__ == "__main__":
     folder, study = Path(sys.argv[1]), tiny(max_steps=int(sys.argv[2]))
-    run_study(study, folder / "tiny", folder / "runs", on_wait=lambda *_: None, jobs=2)
+    run_study(study, folder / "tiny", folder / "runs", on_wait=lambda *_: None, jobs=int(sys.argv[3]))
 """
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("MINICPGD_KILLS", "1"))
@@ -57,7 +57,7 @@ def silent(*_):
 def test_a_killed_study_leaves_nobody_behind(tmp_path):
     """Its workers, in the middle of runs that would take minutes, are gone with it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), "5000"], cwd=ROOT, start_new_session=True
+        [sys.executable, "-c", SCRIPT, str(tmp_path), "5000", "2"], cwd=ROOT, start_new_session=True
     )  # fmt: skip
     while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2:
         time.sleep(0.05)
@@ -84,10 +84,10 @@ def undisturbed(tmp_path_factory):
 
 
 def test_a_killed_study_goes_on_and_makes_nothing_twice(undisturbed, tmp_path):
-    """Killed at a random moment; the tables are those of an undisturbed one. MINICPGD_KILLS=30 for the long version."""
+    """Killed at a random moment; its tables are those of an undisturbed one. MINICPGD_KILLS=30 for the long version."""
     rng, folder, seen = random.Random(time.time_ns()), tmp_path / "killed", {}
     for attempt in itertools.count():
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), "10"], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), "10", "1"], cwd=ROOT)
         if attempt < KILLS:
             runs_before = len(list(folder.glob("runs/*/metrics.jsonl")))
             while len(list(folder.glob("runs/*/metrics.jsonl"))) <= runs_before and process.poll() is None:
