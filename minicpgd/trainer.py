@@ -111,7 +111,6 @@ def _writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(
-            f"{folder}: cannot be written ({error}); what is there is intact. Once there is room, go on with "
-            f"`minicpgd train --resume {folder}`"
-        ) from error
+        begun = f"what is there is intact. Once it can be, go on with `minicpgd train --resume {folder}`"
+        hint = begun if (folder / "config.json").exists() else "choose another with --output-dir"
+        raise UserError(f"{folder}: cannot be written ({error}); {hint}") from error

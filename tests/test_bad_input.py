@@ -221,3 +221,10 @@ def test_a_resume_on_the_command_line_names_what_changed(small):
     assert "seed was 0, is 7" in done.stderr
     assert "epsilon was 0.2, is 0.3" in done.stderr
     assert json.loads((run / "config.json").read_text())["seed"] == 0
+
+
+def test_a_folder_that_cannot_be_made_is_not_one_to_go_on_with(small, tmp_path):
+    """Nothing was begun there; a run that was begun is told how to go on (test_a_full_disk)."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot be written \(.*\); choose another with --output-dir$"):
+        train(small("file/run"))

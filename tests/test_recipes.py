@@ -84,6 +84,8 @@ BAD = {
     "train: {seed: 1}\nexpect: {peak_gib: lots}": "expect: peak_gib = 'lots': a number of GiB expected",
     "train: {seed: 1": "not readable as YAML: while parsing a flow mapping",
     "train: {model: !!python/object/apply:os.getcwd []}": "not readable as YAML",
+    "train:\n  seed: 1\n  model: embedded\n  seed: 2": "not readable as YAML: line 4: 'seed' is there twice",
+    "train: {seed: 1}\ntrain: {seed: 2}": "not readable as YAML: line 2: 'train' is there twice",
     "train: {load_in_4bit: true}": "train: lora_r = 0: 4-bit weights cannot be trained",
 }
 

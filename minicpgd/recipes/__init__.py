@@ -23,6 +23,18 @@ FOLDER = Path(str(files("minicpgd") / "recipes"))
 KNOWN = sorted(path.stem for path in FOLDER.glob("*gb.yaml"))
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that is there twice; YAML's own would keep the last of them and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: list[Any] = []
+        for key, _ in node.value:
+            if key.value in keys:
+                raise ValueError(f"line {key.start_mark.line + 1}: {shown(key.value)} is there twice")
+            keys.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Settings, and the memory they are expected to take; the expectation is None where the file has none."""
@@ -48,7 +60,7 @@ def load_recipe(name: str) -> Recipe:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"recipe = {name!r}: {hint}choose from {', '.join(KNOWN)}, or give a YAML file's path")
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = yaml.load(path.read_bytes(), _Once)  # a SafeLoader
     except Exception as error:  # PyYAML's own kinds, and what it comes to with 2001-99-99 or !!int ""
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     train, expect = _sections(path, content)
