@@ -129,11 +129,10 @@ def _check_fits(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim
     """
     found = {name: _kind(tensor) for name, tensor in checkpoint.tensors.items()}
     wanted = {f"model.{name}": _kind(p) for name, p in model.named_parameters() if p.requires_grad}
-    moved = {name.split(".")[1] for name in found if name.startswith("optimizer.")}
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        if str(i) in moved:
+        if any(name.startswith(f"optimizer.{i}.") for name in found):
             wanted |= {name: _kind(value) for name, value in _moments(i, _first_moments(parameter, optimizer)).items()}
-    for name in sorted(found.keys() | wanted.keys()):
+    for name in sorted(found | wanted):
         if found.get(name) != wanted.get(name):
             raise UserError(
                 f"{checkpoint.path}: not of this model and this optimizer: {name} is {_words(found.get(name))}, not "

@@ -23,10 +23,10 @@ from minicpgd.tasks import get_task
 
 PROCESSES = 2
 JOBS = {
-    "cpgd": {"num_iterations": 4, "max_steps": 32},
+    "cpgd": {"num_iterations": 4, "max_steps": 24},
     "dapo": {"num_iterations": 2, "max_steps": 4},  # a mean over tokens, of which the ranks have unequal shares
 }
-REPLAYED = 12  # updates at most: three of the eight rollouts
+REPLAYED = 12  # updates at most: three of the six rollouts
 
 
 class Recorded(CPGDTrainer):

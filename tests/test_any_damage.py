@@ -196,6 +196,20 @@ def test_a_run_with_a_checkpoint_of_something_else_loses_nothing(stopped, whole,
     assert everything(folder) == whole
 
 
+def test_what_does_not_fit_is_named_with_both_shapes(tmp_path):
+    """A layer's number in a name is none of the optimizer's; a parameter without a gradient has no moments."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    save_checkpoint(tmp_path, 1, model, torch.optim.AdamW(model.parameters()), {"drift_coef": 1.0})
+    checkpoint = load_checkpoint(tmp_path, pytest.fail)
+    restore(checkpoint, model, torch.optim.AdamW(model.parameters()))
+    for other, words in (
+        (torch.nn.Linear(2, 4, dtype=torch.float64), "model.0.bias is float32 (3,), not float64 (4,);"),
+        (torch.nn.Linear(2, 3, bias=False), "model.0.bias is float32 (3,), not none;"),
+    ):
+        other = torch.nn.Sequential(other)
+        assert words in told(restore, checkpoint, other, torch.optim.AdamW(other.parameters()))
+
+
 def test_a_checkpoint_goes_into_no_other_optimizer(tmp_path):
     """As of a run that began on a card, with moments in 8 bit, and goes on without one."""
     model = torch.nn.Linear(2, 2)
