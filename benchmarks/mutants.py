@@ -1,6 +1,6 @@
 """Would the tests notice? Break the core in every small way there is, one at a time, and run its tests.
 
-    make mutants                                          # all of it, half an hour on one core
+    make mutants                                          # all of it, an hour on one core
     python benchmarks/mutants.py --files rollout          # one file, and its line of benchmarks/results/mutants.csv
     python benchmarks/mutants.py --files algorithms --function clip_bounds
 
@@ -150,13 +150,13 @@ def main(files: tuple[Literal[*TESTS], ...] = tuple(TESTS), function: str = "") 
                 print(f"  - {mutant.was}\n  + {mutant.becomes}", flush=True)
         counts = [len(mutants), len(mutants) - equivalent - survived, equivalent, survived]
         rows.append(dict(zip(COLUMNS, [f"{file}.py", *counts], strict=True)))
+        if not function:
+            _save(pd.DataFrame(rows))  # now, so that whoever stops it keeps the files that are done
     if not function:
         for key in explained.keys() - used:
             if key[0] in files:
                 print("stale, no such mutant survives: {}.{}\n  - {}\n  + {}".format(*key))
     table = pd.DataFrame(rows)
-    if not function:
-        _save(table)
     for maker in ("mutmut", "elsewhere", "ours"):
         table[f"of {maker}"] = [makers[file, maker] for file in files]
     table.loc[len(table)] = ["in all", *table.iloc[:, 1:].sum()]
