@@ -60,7 +60,7 @@ def load_recipe(name: str) -> Recipe:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"recipe = {name!r}: {hint}choose from {', '.join(KNOWN)}, or give a YAML file's path")
     try:
-        content = yaml.load(path.read_bytes(), _Once)  # a SafeLoader
+        content = _Once(path.read_bytes()).get_single_data()
     except Exception as error:  # PyYAML's own kinds, and what it comes to with 2001-99-99 or !!int ""
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     train, expect = _sections(path, content)
