@@ -23,10 +23,9 @@ from minicpgd.tasks import get_task
 
 PROCESSES = 2
 JOBS = {
-    "cpgd": {"num_iterations": 4, "max_steps": 24},
+    "cpgd": {"num_iterations": 4, "max_steps": 32},
     "dapo": {"num_iterations": 2, "max_steps": 4},  # a mean over tokens, of which the ranks have unequal shares
 }
-REPLAYED = 12  # updates at most: three of the six rollouts
 
 
 class Recorded(CPGDTrainer):
@@ -65,7 +64,7 @@ def train(name: str, folder: Path, rank: int, world: int) -> None:
             disable_tqdm=True,
             use_cpu=True,
             bf16=False,
-            **JOBS[name] | ({"max_steps": min(JOBS[name]["max_steps"], REPLAYED)} if world == 1 else {}),
+            **JOBS[name],
         ),
         train_dataset=Dataset.from_list(task.sample(512, random.Random(0))),
         processing_class=AutoTokenizer.from_pretrained(EMBEDDED),

@@ -51,7 +51,7 @@ def logged(folder, name, world):
 def test_two_processes_learn(ranks):
     rewards = [line["reward"] for line in logged(ranks, "cpgd", 2) if "reward" in line]
     assert rewards[0] < 0.5
-    assert sum(rewards[-2:]) / 2 >= 0.65
+    assert sum(rewards[-3:]) / 3 >= 0.8
 
 
 @pytest.mark.parametrize("name", ["cpgd", "dapo"])
@@ -64,8 +64,7 @@ def test_two_processes_end_with_one_policy(ranks, name):
 
 @pytest.mark.parametrize("name", ["cpgd", "dapo"])
 def test_one_process_with_the_same_batch_has_the_same_losses(ranks, name):
-    one = logged(ranks, name, 1)
-    two = logged(ranks, name, 2)[: len(one)]
+    two, one = logged(ranks, name, 2), logged(ranks, name, 1)
     assert len(two) == len(one) > 3
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in one] == pytest.approx([line[key] for line in two], abs=1e-4, rel=1e-4)
