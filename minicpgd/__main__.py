@@ -1,7 +1,7 @@
-"""The way in: `minicpgd`, or `python -m minicpgd`.
+"""The program: `minicpgd`, or `python -m minicpgd`.
 
-Importing torch takes seconds. Nothing can be lost in them, so Ctrl-C then ends the process without a word; and so it
-does while the process is leaving.
+Importing torch takes seconds. Nothing can be lost in them, so Ctrl-C then ends the process at once and silently; and so
+it does while the process ends.
 """
 
 import signal
@@ -10,7 +10,7 @@ import signal
 def main() -> None:
     """Entry point of `minicpgd`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from minicpgd import cli
+    from minicpgd.cli import main as cli
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

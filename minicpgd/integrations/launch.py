@@ -29,10 +29,11 @@ import yaml
 from transformers import AutoTokenizer, ProgressCallback
 from transformers.utils import logging
 
+from minicpgd.config import ModelSettings
 from minicpgd.errors import UserError, did_you_mean
-from minicpgd.policy import EMBEDDED, look_into, quiet
-from minicpgd.rewards import RewardFunction, load_reward
-from minicpgd.tasks import Task, get_task
+from minicpgd.models.policy import check_model_folder, quiet, resolve_model
+from minicpgd.tasks.rewards import RewardFunction, load_reward
+from minicpgd.tasks.task import Task, get_task
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -74,7 +75,7 @@ def rows_of(task: Task, num_problems: int, seed: int, *, chat: bool) -> list[dic
     return [problem | {"prompt": [{"role": "user", "content": problem["prompt"]}]} for problem in problems]
 
 
-def of_text(reward: RewardFunction) -> RewardFunction:
+def accept_messages(reward: RewardFunction) -> RewardFunction:
     """The same reward function, for completions that TRL hands over as messages."""
 
     @functools.wraps(reward)
@@ -152,7 +153,7 @@ def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "C
     from minicpgd.integrations.trl import CPGDTrainer
 
     _check_folders(args)
-    name = str(EMBEDDED) if model.model_name_or_path in (None, "embedded") else model.model_name_or_path
+    name = resolve_model(model.model_name_or_path or ModelSettings.model)
     task = get_task(problems.task, data=problems.data, instruction=problems.instruction)
     reward = load_reward(problems.reward) if problems.reward else task.reward
     loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "revision": model.model_revision}
@@ -160,7 +161,7 @@ def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "C
     args.model_init_kwargs = loading | trusted | {"use_safetensors": True} | (args.model_init_kwargs or {})
     if args.model_init_kwargs["trust_remote_code"]:
         print(f"warning: --trust_remote_code: Python code that comes with {name} is run", file=sys.stderr)
-    look_into(name, name)
+    check_model_folder(name, name)
     with _in_one_line(f"model_name_or_path = {name!r}: "):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision, **trusted)
     rows = rows_of(task, problems.num_problems, args.seed, chat=bool(tokenizer.chat_template))
@@ -172,7 +173,7 @@ def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "C
     with _in_one_line():
         trainer = CPGDTrainer(
             model=name,
-            reward_funcs=of_text(reward),
+            reward_funcs=accept_messages(reward),
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,

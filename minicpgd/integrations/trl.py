@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minicpgd.algorithms import ALGORITHMS, LossOutput, auto_drift_coef, token_metrics
-from minicpgd.config import TrainConfig
+from minicpgd.algorithms import LossOutput, auto_drift_coef, token_metrics
+from minicpgd.algorithms.aggregation import token_mean
+from minicpgd.config import ObjectiveSettings
 from minicpgd.errors import ConfigError, UserError
 
 try:
@@ -54,10 +55,6 @@ NOT_OURS = {
     "use_bias_correction_kl": "beta, on k3 as it is",
 }  # a field of TRL's: what stands in its place
 DRIFT_COEF = "drift_coef.json"  # in a checkpoint: "auto" keeps the last one over a rollout without any advantage
-OURS = (
-    *("algorithm", "drift_coef", "drift_clip", "advantage_weight", "aggregation", "importance_level"),
-    *("epsilon", "epsilon_high", "beta"),  # TRL's names, read by our losses
-)
 
 
 @dataclass
@@ -83,11 +80,15 @@ class CPGDConfig(GRPOConfig):
     def __post_init__(self) -> None:
         with contextlib.suppress(ValueError, TypeError):  # of "auto"; and what is no number, TrainConfig refuses
             self.drift_coef = float(self.drift_coef)  # type: ignore[assignment]  # a command line has strings only
-        TrainConfig(**{name: getattr(self, name) for name in OURS})  # refuses what it would refuse in our own loop
+        self.objective()  # It refuses the values that our own loop refuses.
         super().__post_init__()
         for theirs in fields(self):
             if theirs.name in NOT_OURS and getattr(self, theirs.name) != theirs.default:
                 raise ConfigError(f"{theirs.name}: only TRL's own losses read it; here it is {NOT_OURS[theirs.name]}")
+
+    def objective(self) -> ObjectiveSettings:
+        """The fields that our losses read. Some have TRL's names."""
+        return ObjectiveSettings(**{field.name: getattr(self, field.name) for field in fields(ObjectiveSettings)})
 
 
 class CPGDTrainer(GRPOTrainer):
@@ -112,7 +113,8 @@ class CPGDTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, CPGDConfig):
             raise ConfigError(f"args is a {type(self.args).__name__}: CPGDTrainer takes a CPGDConfig")
-        self.algorithm = ALGORITHMS[self.args.algorithm]
+        self.objective = self.args.objective()
+        self.algorithm = self.objective.row
         self.drift_coef = 1.0 if self.args.drift_coef == "auto" else float(self.args.drift_coef)
         _, upper = self.algorithm.clip_bounds(self.args.epsilon, self.args.epsilon_high)
         self.epsilon_high = upper - 1  # for TRL's metrics: a row may have one of its own
@@ -154,9 +156,7 @@ class CPGDTrainer(GRPOTrainer):
             rewards = rewards - self.beta * self.accelerator.gather(penalty)
         written = _mask(made).sum(dim=1)  # none, of a response that mask_truncated_completions leaves out of the loss
         lengths = self.accelerator.gather(torch.where(written > 0, written, self._lengths))
-        advantages = self.algorithm.advantages(
-            rewards.view(-1, group), lengths.view(-1, group), advantage_weight=self.args.advantage_weight
-        ).flatten()
+        advantages = self.algorithm.advantages(rewards.view(-1, group), lengths.view(-1, group)).flatten()
         if self.args.drift_coef == "auto" and self.model.training:
             self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
         logged = self._logs["advantages"]
@@ -175,7 +175,7 @@ class CPGDTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return inputs | {"share": 1.0}
-        if (self.args.aggregation or self.algorithm.aggregation) != "token_mean":
+        if self.algorithm.aggregation is not token_mean:
             return inputs | {"share": 1 / self.current_gradient_accumulation_steps}
         if self._counted[0] is not self._buffered_inputs:
             counts = torch.stack([_mask(batch).sum() for batch in self._buffered_inputs]).float()
@@ -198,7 +198,7 @@ class CPGDTrainer(GRPOTrainer):
         logp, entropy, aux_loss = self._scored  # of which no graph is to outlive its step
         self._scored = logp.detach(), entropy.detach(), None if aux_loss is None else aux_loss.detach()
         mask, old_logp = _mask(inputs), inputs.get("old_per_token_logps")
-        weights = self.algorithm.token_weights(mask, self.max_completion_length, self.args.aggregation)
+        weights = self.algorithm.token_weights(mask, self.max_completion_length)
         if "importance_sampling_ratio" in inputs:  # what vLLM sampled with, against what is trained
             weights = weights * inputs["importance_sampling_ratio"]
         output = self.algorithm.loss(
@@ -206,13 +206,8 @@ class CPGDTrainer(GRPOTrainer):
             logp.detach() if old_logp is None else old_logp,  # one update per rollout: this is the policy that sampled
             inputs["advantages"],
             mask,
-            epsilon=self.args.epsilon,
-            epsilon_high=self.args.epsilon_high,
-            drift_coef=self.drift_coef,
-            drift_clip=self.args.drift_clip,
-            beta=self.beta,
+            self.objective.loss_settings(self.drift_coef),
             ref_logp=inputs.get("ref_per_token_logps"),
-            importance_level=self.args.importance_level,
             token_weights=weights * inputs["share"],
         )
         self._log_ours(output)

@@ -43,11 +43,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minicpgd.advantages import WEIGHTS, batch_whitened
-from minicpgd.algorithms import ALGORITHMS, Algorithm, LossOutput, token_metrics
-from minicpgd.divergence import k1
+from minicpgd.algorithms import ALGORITHMS, LEVELS, WEIGHTS, Algorithm, LossOutput, LossSettings, k1, token_metrics
+from minicpgd.algorithms.aggregation import Aggregation, constant, sequence_mean, token_mean
 from minicpgd.errors import ConfigError, UserError, did_you_mean
-from minicpgd.surrogates import LEVELS
 
 try:
     from verl.trainer.ppo.core_algos import agg_loss, register_adv_est, register_policy_loss
@@ -57,7 +55,11 @@ except ImportError as error:
 
 PREFIX = "minicpgd_"
 ACTOR = "actor_rollout_ref.actor"
-AGG_MODES = {"sequence_mean": "seq-mean-token-mean", "token_mean": "token-mean", "constant": "seq-mean-token-sum-norm"}
+AGG_MODES: dict[Aggregation, str] = {
+    sequence_mean: "seq-mean-token-mean",
+    token_mean: "token-mean",
+    constant: "seq-mean-token-sum-norm",
+}
 METRICS = ("kl_old", "ratio_p01", "ratio_p99", "clip_frac_pos", "clip_frac_neg")
 
 
@@ -144,16 +146,12 @@ def policy_loss(
     weights = token_weights(response_mask, loss_agg_mode, config)
     if rollout_is_weights is not None:
         weights = weights * rollout_is_weights
-    output = algorithm.loss(
+    output = algorithm.override(importance_level=settings.importance_level).loss(
         log_prob,
         old_log_prob,
         _one_per_response(advantages, response_mask),
         response_mask,
-        epsilon=epsilon,
-        epsilon_high=epsilon_high,
-        drift_coef=settings.drift_coef,
-        drift_clip=settings.drift_clip,
-        importance_level=settings.importance_level,
+        LossSettings(epsilon, epsilon_high, settings.drift_coef, settings.drift_clip),
         token_weights=weights,
     )
     return output.loss, _metrics(output)
@@ -209,14 +207,14 @@ def advantage_estimator(
     if sizes.min() != sizes.max():
         unequal = f"groups of {sizes.min()} to {sizes.max()} responses to a prompt"
         raise ConfigError(f"{PREFIX}{algorithm.name}: {unequal}; each has to have actor_rollout_ref.rollout.n")
-    needs_groups = algorithm.advantage is not batch_whitened or (asked or algorithm.weight) != "equal"
-    if sizes[0] == 1 and needs_groups:
+    row = algorithm.override(advantage_weight=asked)
+    if sizes[0] == 1 and row.needs_groups:
         raise ConfigError(f"{PREFIX}{algorithm.name} compares responses: actor_rollout_ref.rollout.n has to be above 1")
     order = torch.as_tensor(np.argsort(group, kind="stable"), device=token_level_rewards.device)
     rewards, lengths = token_level_rewards.sum(dim=-1), response_mask.sum(dim=-1)
     grouped = (values[order].view(-1, sizes[0]) for values in (rewards, lengths))
     in_place = torch.empty_like(rewards)
-    in_place[order] = algorithm.advantages(*grouped, advantage_weight=asked).flatten()
+    in_place[order] = row.advantages(*grouped).flatten()
     advantages = in_place[:, None] * response_mask
     return advantages, advantages
 
@@ -248,7 +246,7 @@ def _check_aggregation(algorithm: Algorithm, loss_agg_mode: str, config: Mapping
     name, own = PREFIX + algorithm.name, AGG_MODES[algorithm.aggregation]
     if loss_agg_mode != own:
         _warn_once(f"{name} aggregates by {loss_agg_mode}, as told; its own is {ACTOR}.loss_agg_mode={own}")
-    elif own == AGG_MODES["constant"] and config.get("loss_scale_factor") is None:
+    elif own == AGG_MODES[constant] and config.get("loss_scale_factor") is None:
         _warn_once(
             f"{name} divides by the longest response of each micro-batch; to divide by a constant: "
             f"{ACTOR}.loss_scale_factor=<data.max_response_length>"

@@ -13,9 +13,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from minicpgd.algorithms import display_name
+from minicpgd.experiments.statistics import Estimate, bootstrap_mean
+from minicpgd.experiments.tables import healthy_share, percent, rate_name, tolerated_rate
 from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, band, styled
-from minicpgd.stats import Estimate, mean
-from minicpgd.summary import borne_rate, display_name, healthy_share, percent, rate_name
 
 
 @styled
@@ -62,11 +63,11 @@ def map_frontiers(folder: Path) -> Figure:
         label = display_name(str(name))
         for axis, k in zip(top, ks, strict=True):
             cells = rows[rows["updates_per_rollout"] == k].groupby("learning_rate")["accuracy_final"]
-            band(axis, i, {rate: mean(values) for rate, values in cells}, label)
-        borne = {k: mean(np.log(borne_rate(line))) for k, line in rows.groupby("updates_per_rollout")}
+            band(axis, i, {rate: bootstrap_mean(values) for rate, values in cells}, label)
+        borne = {k: bootstrap_mean(np.log(tolerated_rate(line))) for k, line in rows.groupby("updates_per_rollout")}
         band(frontier, i, {k: Estimate(*np.exp(estimate)) for k, estimate in borne.items()}, label)
         wanted = np.linspace(0, 1, 101)
-        reached = [mean((rows["accuracy_final"] >= x).groupby(rows["seed"]).mean()) for x in wanted]
+        reached = [bootstrap_mean((rows["accuracy_final"] >= x).groupby(rows["seed"]).mean()) for x in wanted]
         band(whole, i, dict(zip(wanted, reached, strict=True)), label, marker="")
     for axis, k in zip(top, ks, strict=True):
         axis.set(xscale="log", ylim=(0, 1.03), title=f"K = {k}", xlabel="learning rate")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from minicpgd.memory import GIB, ROLLOUT, UPDATE, Memory
+from minicpgd.memory.predict import GIB, ROLLOUT, UPDATE, Memory
 from minicpgd.plots.style import COLOURS, styled
 
 PARTS = {  # what a bar is made of: components, a hatch for whoever prints in grey

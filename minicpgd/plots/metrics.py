@@ -14,9 +14,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from minicpgd.algorithms import ALGORITHMS
-from minicpgd.plots.style import look, styled
-from minicpgd.warning import fall_step, load_studies
+from minicpgd.algorithms.table import ALGORITHMS
+from minicpgd.experiments.early_warning import collapse_step, load_studies
+from minicpgd.plots.style import line_style, styled
 
 LOOKED_AT = ("map", "anatomy", "fair")
 UNITS = {
@@ -44,7 +44,7 @@ UNITS = {
     "learning_rate": "per update",
 }
 LOGARITHMIC = ("kl_old", "kl_ref", "ratio_min", "ratio_p01", "ratio_p99", "ratio_max", "learning_rate")
-WINDOW = range(-5, 6)  # steps from the fall
+OFFSETS = range(-5, 6)  # steps from the collapse
 
 
 class Traces(NamedTuple):
@@ -68,7 +68,7 @@ def _tables(studies: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs, each once, and all their steps."""
     runs, steps = load_studies([studies / name for name in LOOKED_AT])
     runs["drift"] = runs["algorithm"].map(lambda name: ALGORITHMS[name].drift)
-    runs["fall"] = steps.groupby("run")["reward"].apply(lambda reward: fall_step(reward.to_numpy()))
+    runs["fall"] = steps.groupby("run")["reward"].apply(lambda reward: collapse_step(reward.to_numpy()))
     return runs, steps[steps["step"] > 0]
 
 
@@ -95,15 +95,15 @@ def metric_traces(studies: Path, metric: str) -> Figure:
     traces = load_metric(studies, metric)
     figure = Figure(figsize=(6.5, 3), layout="constrained")
     axis = figure.subplots()
-    around = [traces.around(offset) for offset in WINDOW]
-    first = f", {len(around[0][0])} at {WINDOW[0]}".replace("-", "−")
+    around = [traces.around(offset) for offset in OFFSETS]
+    first = f", {len(around[0][0])} at {OFFSETS[0]}".replace("-", "−")
     labels = (
         f"collapsed runs (n = {len(traces.falls)}{first})",
         f"healthy, same steps (n = {traces.healthy.shape[1]})",
     )
     for which, label in enumerate(labels):
-        shape = look(1 - which)
-        x = [offset for offset, values in zip(WINDOW, around, strict=True) if len(values[which])]
+        shape = line_style(1 - which)
+        x = [offset for offset, values in zip(OFFSETS, around, strict=True) if len(values[which])]
         spread = [np.quantile(values[which], (0.1, 0.5, 0.9)) for values in around if len(values[which])]
         low, middle, high = np.array(spread).T
         axis.plot(x, middle, label=label, markersize=5, **shape._asdict())
@@ -117,7 +117,9 @@ def metric_traces(studies: Path, metric: str) -> Figure:
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set(
-        ylabel=f"{metric}\n[{UNITS[metric]}]", xlabel="steps from the fall of the reward", xlim=(WINDOW[0], WINDOW[-1])
+        ylabel=f"{metric}\n[{UNITS[metric]}]",
+        xlabel="steps from the fall of the reward",
+        xlim=(OFFSETS[0], OFFSETS[-1]),
     )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=11))
     figure.legend(loc="outside upper left", ncols=2, handlelength=3.2, columnspacing=1.2, fontsize=9.5)

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from minicpgd.algorithms import ALGORITHMS, Algorithm, LossOutput
-from minicpgd.plots.style import COLOURS, MARKERS, look, styled
+from minicpgd.algorithms.loss import Algorithm, LossOutput, LossSettings
+from minicpgd.algorithms.table import ALGORITHMS
+from minicpgd.plots.style import COLOURS, MARKERS, line_style, styled
 
 SHADE = "#e9e9e9"
 LINE = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4, 2))}
@@ -36,7 +37,8 @@ def objective_and_weight(
     # the loss is a weighted sum over tokens: its derivative in a token's weight is that token's own loss
     ones = torch.ones_like(d).requires_grad_()
     advantages = torch.full((len(d),), advantage, dtype=d.dtype)
-    out = algorithm.loss(d, torch.zeros_like(d), advantages, ones, drift_coef=drift_coef, token_weights=ones)
+    settings = LossSettings(drift_coef=drift_coef)
+    out = algorithm.loss(d, torch.zeros_like(d), advantages, ones, settings, token_weights=ones)
     weight, value = torch.autograd.grad(-out.loss, (d, ones))
     return value.detach()[:, 0], weight[:, 0], out.clipped[:, 0]
 
@@ -66,7 +68,11 @@ def objective_curves(
             lines = objective_and_weight(ALGORITHMS[name], ratios, advantage, drift_coef=drift_coef)
             label = name + (rf"  ($\alpha$ = {drift_coef:g})" if ALGORITHMS[name].drift else "")
             # later lines are thinner, so that where two coincide both are seen
-            shape = {"color": look(which).color, "linestyle": look(which).linestyle, "linewidth": 3.8 - 0.6 * which}
+            shape = {
+                "color": line_style(which).color,
+                "linestyle": line_style(which).linestyle,
+                "linewidth": 3.8 - 0.6 * which,
+            }
             axis.plot(ratios, lines[int(weight)], label=label, **shape)
         for bound in bounds:
             axis.axvline(bound, **LINE)

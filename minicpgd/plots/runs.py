@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from minicpgd.algorithms import ALGORITHMS
+from minicpgd.algorithms import display_name
+from minicpgd.algorithms.table import ALGORITHMS
 from minicpgd.errors import UserError
 from minicpgd.plots.style import COLOURS, DASHES, ribbon_legend, ribbons, styled
-from minicpgd.runlog import Run, load_run
-from minicpgd.summary import display_name
+from minicpgd.training.run_folder import Run, load_run
 
 DRAWN = {"reward", "completion_length", "kl_old", "clip_frac_pos", "clip_frac_neg"} | {
     f"ratio_{name}" for name in ("min", "p01", "p99", "max")
@@ -62,8 +62,7 @@ def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
         step, floor = metrics["step"], 1e-6
         ratios = [np.maximum(metrics[f"ratio_{name}"], floor) for name in ("min", "p01", "p99", "max")]
         row = ALGORITHMS[config.algorithm]
-        clips = "clip" in row.surrogate.__name__
-        bounds = row.clip_bounds(config.epsilon, config.epsilon_high) if clips else ()
+        bounds = row.clip_bounds(config.epsilon, config.epsilon_high) if row.clips else ()
         ribbons(axis, step, ratios, colour, bounds)
         axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step")
         axis.set_yscale("log")

@@ -12,10 +12,22 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from minicpgd.algorithms import ALGORITHMS
-from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, look, ribbon_legend, ribbons, styled
-from minicpgd.stats import Estimate, mean, share
-from minicpgd.summary import advantage_size, arm_name, display_name, shape_name
+from minicpgd.algorithms import display_name
+from minicpgd.algorithms.table import ALGORITHMS
+from minicpgd.experiments.statistics import Estimate, bootstrap_mean, wilson
+from minicpgd.experiments.tables import advantage_size, arm_name, shape_name
+from minicpgd.plots.style import (
+    ACCURACY,
+    COLOURS,
+    DASHES,
+    KL,
+    band,
+    interval,
+    line_style,
+    ribbon_legend,
+    ribbons,
+    styled,
+)
 
 
 @styled
@@ -40,7 +52,7 @@ def drift_coefs(folder: Path) -> Figure:
             by = {alpha / scale: _middle(metric, values) for alpha, values in grid.groupby("alpha")[metric]}
             band(axis, i, by, label)
             value = _middle(metric, auto[metric]).value
-            mark = {"marker": look(i).marker, "markersize": 12, "markerfacecolor": "white", "markeredgewidth": 2}
+            mark = {"marker": line_style(i).marker, "markersize": 12, "markerfacecolor": "white", "markeredgewidth": 2}
             axis.plot(auto["drift_coef_mean"].mean() / scale, value, color=COLOURS[i], **mark)  # type: ignore[arg-type]
             axis.set(title=title, ylabel=unit)
             axis.set_xscale("symlog", linthresh=0.3, linscale=0.5)
@@ -58,7 +70,7 @@ def drift_coefs(folder: Path) -> Figure:
 
 def _middle(metric: str, values: pd.Series) -> Estimate:
     """A mean with its interval; of a number of steps, which may be "never", the median alone."""
-    return Estimate(*[values.fillna(22).median()] * 3) if metric == "steps_to_90" else mean(values)
+    return Estimate(*[values.fillna(22).median()] * 3) if metric == "steps_to_90" else bootstrap_mean(values)
 
 
 @styled
@@ -77,8 +89,8 @@ def anatomy_rows(folder: Path) -> Figure:
         colour, marker = COLOURS[(0, 2, 1)[kind]], kinds[kind][1]
         for axis, metric in zip(axes, ("accuracy_final", "reward_last"), strict=False):
             axis.plot(rows[metric], [y] * len(rows), "o", color=colour, alpha=0.35, markersize=4.5, markeredgewidth=0)
-            interval(axis, y, mean(rows[metric]), colour, marker)
-        interval(axes[2], y, share(rows["collapsed"].sum(), len(rows)), colour, marker)
+            interval(axis, y, bootstrap_mean(rows[metric]), colour, marker)
+        interval(axes[2], y, wilson(rows["collapsed"].sum(), len(rows)), colour, marker)
     axes[0].set_yticks(range(len(order)), order)
     axes[0].set(xlabel=ACCURACY, xlim=(0, 1.02), title="Held-out problems")
     axes[1].set(xlabel="mean reward, last 10 steps", xlim=(0, 1.02), title="Training")
@@ -139,7 +151,7 @@ def fair_search(folder: Path) -> Figure:
             some = runs[(runs["beta"] > 0) == has_beta]
             label = "with β" if has_beta else "β = 0"
             marks: dict[str, Any] = {"markerfacecolor": fill, "markersize": 7, "label": label}
-            axis.plot(some["learning_rate"], some["reward_last"], look(i).marker, color=COLOURS[i], **marks)
+            axis.plot(some["learning_rate"], some["reward_last"], line_style(i).marker, color=COLOURS[i], **marks)
         best = report[report["algorithm"] == algorithm].iloc[0]
         at = runs[
             (runs[["learning_rate", "epsilon", "beta"]] == best[["learning_rate", "epsilon", "beta"]]).all(axis=1)
@@ -156,8 +168,8 @@ def fair_search(folder: Path) -> Figure:
     ):
         for i, algorithm in enumerate(algorithms):
             values = report.loc[report["algorithm"] == algorithm, metric]
-            axis.plot(values, [-i] * len(values), look(i).marker, color=COLOURS[i], alpha=0.35, markersize=5)
-            interval(axis, -i, mean(values), COLOURS[i], look(i).marker)
+            axis.plot(values, [-i] * len(values), line_style(i).marker, color=COLOURS[i], alpha=0.35, markersize=5)
+            interval(axis, -i, bootstrap_mean(values), COLOURS[i], line_style(i).marker)
         axis.set(xlabel=f"fresh seeds: {unit}", yticks=[-i for i in range(len(algorithms))], xlim=(0, 1.02))
         axis.set_yticklabels([display_name(a) for a in algorithms])
         axis.margins(y=0.2)
@@ -172,8 +184,8 @@ def warning_signals(folder: Path) -> Figure:
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axis = figure.subplots()
     kinds = (
-        ("free", "collapses announced, no drift", COLOURS[2], "^"),
-        ("held", "with the drift", COLOURS[0], "D"),
+        ("without_drift", "collapses announced, no drift", COLOURS[2], "^"),
+        ("with_drift", "with the drift", COLOURS[0], "D"),
         ("false", "alarms in runs without collapse", COLOURS[1], "X"),
         ("healthy", "in healthy runs", COLOURS[4], "s"),
     )

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
-from minicpgd.stats import Estimate
+from minicpgd.experiments.statistics import Estimate
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
@@ -42,17 +42,17 @@ KL = r"KL to $\pi_{old}$  [nats per token]"
 P = ParamSpec("P")
 
 
-class Look(NamedTuple):
-    """How a line is told from its neighbours, as keywords of `axis.plot`: `axis.plot(x, y, **look(0)._asdict())`."""
+class LineStyle(NamedTuple):
+    """How a line is told from its neighbours, as keywords of `axis.plot`: `axis.plot(x, y, **line_style(0)._asdict())`."""
 
     color: str
     linestyle: Any
     marker: str
 
 
-def look(which: int) -> Look:
-    """The look of the line number `which`, from 0."""
-    return Look(COLOURS[which], DASHES[which], MARKERS[which])
+def line_style(which: int) -> LineStyle:
+    """The line_style of the line number `which`, from 0."""
+    return LineStyle(COLOURS[which], DASHES[which], MARKERS[which])
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -69,7 +69,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 def band(axis: Axes, which: int, points: dict[float, Estimate], label: str, marker: str | None = None) -> None:
     """A line through the estimates at some x, and a band for their intervals."""
     x, (value, low, high) = list(points), zip(*points.values(), strict=True)
-    shape = look(which)._asdict() | ({} if marker is None else {"marker": marker})
+    shape = line_style(which)._asdict() | ({} if marker is None else {"marker": marker})
     axis.plot(x, value, label=label, markersize=5, **shape)
     axis.fill_between(x, low, high, color=COLOURS[which], alpha=0.16, linewidth=0)
 

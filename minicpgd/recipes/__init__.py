@@ -7,19 +7,17 @@ and on what basis.
 In: a name or a path. Out: a `Recipe`.
 """
 
-import difflib
 import os
 from dataclasses import dataclass, fields
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from minicpgd.config import TrainConfig
-from minicpgd.errors import ConfigError, shown
+from minicpgd.errors import ConfigError, did_you_mean, short_repr
 
-FOLDER = Path(str(files("minicpgd") / "recipes"))
+FOLDER = Path(__file__).parent
 KNOWN = sorted(path.stem for path in FOLDER.glob("*gb.yaml"))
 
 
@@ -30,7 +28,7 @@ class _Once(yaml.SafeLoader):
         keys: list[Any] = []
         for key, _ in node.value:
             if key.value in keys:
-                raise ValueError(f"line {key.start_mark.line + 1}: {shown(key.value)} is there twice")
+                raise ValueError(f"line {key.start_mark.line + 1}: {short_repr(key.value)} is there twice")
             keys.append(key.value)
         return super().construct_mapping(node, deep)
 
@@ -56,20 +54,20 @@ def load_recipe(name: str) -> Recipe:
     """
     path = FOLDER / f"{name}.yaml" if name in KNOWN else Path(name)
     if not os.path.isfile(path):
-        near = difflib.get_close_matches(name[:99], KNOWN, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"recipe = {name!r}: {hint}choose from {', '.join(KNOWN)}, or give a YAML file's path")
+        raise ConfigError(
+            f"recipe = {name!r}: {did_you_mean(name[:99], KNOWN)}choose from {', '.join(KNOWN)}, or give a YAML file's path"
+        )
     try:
         content = _Once(path.read_bytes()).get_single_data()
     except Exception as error:  # PyYAML's own kinds, and what it comes to with 2001-99-99 or !!int ""
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     train, expect = _sections(path, content)
-    floats = {field.name for field in fields(TrainConfig) if float in (field.type, *get_args(field.type))}
+    floats = {name for name, hint in get_type_hints(TrainConfig).items() if float in (hint, *get_args(hint))}
     for key in floats & set(train):
         train[key] = _number(train[key])
     for key in {"card_gib", "peak_gib"} & set(expect):
         if type(expect[key]) not in (int, float) or not 0 < expect[key] < 10**6:
-            raise ConfigError(f"{path}: expect: {key} = {shown(expect[key])}: a number of GiB expected")
+            raise ConfigError(f"{path}: expect: {key} = {short_repr(expect[key])}: a number of GiB expected")
     try:
         return Recipe(TrainConfig(**train), **expect)
     except ConfigError as error:
@@ -88,13 +86,13 @@ def _sections(path: Path, content: Any) -> tuple[dict[str, Any], dict[str, Any]]
             )
         known = {field.name for field in fields(sections[section])} - {"config"}
         for key in set(values) - known:
-            near = difflib.get_close_matches(_word(key), known, n=1)
-            raise ConfigError(f"{path}: {section}: {_word(key)}: no such setting" + (f"; {near[0]}?" if near else ""))
+            near = did_you_mean(_word(key), known).rstrip()
+            raise ConfigError(f"{path}: {section}: {_word(key)}: no such setting" + (f"; {near}" if near else ""))
     return content["train"], content.get("expect", {})
 
 
 def _word(key: Any) -> str:
-    return shown(key).strip("'")
+    return short_repr(key).strip("'")
 
 
 def _number(value: Any) -> Any:

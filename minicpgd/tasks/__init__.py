@@ -1,85 +1,13 @@
-"""Tasks: where problems come from, and which answers are right.
+"""Tasks: where problems come from, and how a response is rewarded.
 
-A task is an object with the members of `Task`; `TASKS` names those that ship. A problem is a dataset row: a dict
-with `prompt` and whatever columns the reward needs.
+In: the name of a task, and perhaps a file of problems. Out: problems as dataset rows, and rewards as numbers. A reward
+function has TRL's signature, so you may bring your own. This package needs no torch.
 """
 
-import random
-from typing import Protocol
+from minicpgd.tasks.rewards import REWARDS, RewardFunction, call_reward, is_solution, load_reward
+from minicpgd.tasks.task import TASKS, Task, describe_data, get_task, load_task
 
-from minicpgd.config import TrainConfig
-from minicpgd.errors import ConfigError
-from minicpgd.rewards import RewardFunction
-from minicpgd.tasks.chain_arithmetic import ChainArithmetic
-from minicpgd.tasks.gsm8k import Gsm8k
-from minicpgd.tasks.jsonl import Jsonl
-
-
-class Task(Protocol):
-    """What the training loop asks of a task."""
-
-    reward: RewardFunction
-
-    def __init__(self, data: str | None, instruction: str | None) -> None:
-        """Load the problems.
-
-        Args:
-            data: a local file or folder, for the tasks that take one.
-            instruction: added below each problem, in place of the task's own; "" for none.
-        """
-        ...
-
-    @staticmethod
-    def source(data: str | None) -> str:
-        """In one line, where the problems come from; nothing is loaded. Raises UserError where they are not."""
-        ...
-
-    def sample(self, num_problems: int, rng: random.Random) -> list[dict[str, str]]:
-        """Fresh training problems, decided by `rng` alone."""
-        ...
-
-    def held_out(self, num_problems: int, seed: int = 0) -> list[dict[str, str]]:
-        """A fixed evaluation set, disjoint from everything that `sample` can return."""
-        ...
-
-    def is_correct(self, problem: dict[str, str], completion: str) -> bool:
-        """Whether a completion is right: accuracy counts this, whatever a run is rewarded for."""
-        ...
-
-
-TASKS: dict[str, type[Task]] = {"chain_arithmetic": ChainArithmetic, "gsm8k": Gsm8k, "jsonl": Jsonl}
-
-
-def task_of(config: TrainConfig) -> Task:
-    """The task that a config names, with its data."""
-    return get_task(config.task, data=config.data, instruction=config.instruction)
-
-
-def describe_data(config: TrainConfig) -> str:
-    """In one line, where a run's problems will come from; nothing is loaded or downloaded.
-
-    Raises:
-        ConfigError: there is no such task.
-        UserError: `config.data` is not there.
-    """
-    return _task_class(config.task).source(config.data)
-
-
-def get_task(name: str, *, data: str | None = None, instruction: str | None = None) -> Task:
-    """The task of this name.
-
-    Args:
-        data: a local file or folder, for the tasks that take one.
-        instruction: added below each problem, in place of the task's own.
-
-    Raises:
-        ConfigError: there is none; the line names those there are.
-        UserError: its data cannot be had, or cannot be used.
-    """
-    return _task_class(name)(data, instruction)
-
-
-def _task_class(name: str) -> type[Task]:
-    if name not in TASKS:
-        raise ConfigError(f"task = {name!r}: there is no such task; choose from {', '.join(TASKS)}")
-    return TASKS[name]
+__all__ = [
+    "REWARDS", "TASKS", "RewardFunction", "Task", "call_reward", "describe_data", "get_task", "is_solution",
+    "load_reward", "load_task",
+]  # fmt: skip

@@ -16,7 +16,7 @@ import random
 import zlib
 
 from minicpgd.errors import ConfigError
-from minicpgd.rewards import exact_answer, final_answer
+from minicpgd.tasks.rewards import exact_answer, final_answer
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 OPERANDS = (4, 8)

@@ -9,9 +9,9 @@ import random
 from typing import Any
 
 from minicpgd.errors import ConfigError, UserError
-from minicpgd.rewards import is_solution, mathematical, need_math_verify
 from minicpgd.tasks.chain_arithmetic import is_held_out
-from minicpgd.tasks.files import find_files, read_files
+from minicpgd.tasks.data_files import find_files, read_files
+from minicpgd.tasks.rewards import is_solution, mathematical, need_math_verify
 
 Rows = list[dict[str, Any]]
 

@@ -1,0 +1,38 @@
+"""Aggregation: how the tokens of responses of different lengths share one mean.
+
+In: the mask (B, T) of a whole optimizer step. Out: the weight of each token in the loss, (B, T). The loss is a sum over
+tokens with these weights. So an optimizer step may be split into micro-batches anywhere: each takes its own rows.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Aggregation = Callable[[Tensor, int | None], Tensor]
+
+
+def sequence_mean(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
+    """Mean over each response's tokens, then over responses: a token of a long response has a smaller weight."""
+    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
+
+
+def token_mean(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
+    """Mean over all tokens of the optimizer step: every token has the same weight (DAPO, arXiv 2503.14476)."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def constant(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
+    """Sum over tokens / (B * max_completion_length): no length matters (Dr. GRPO, arXiv 2503.20783).
+
+    Raises:
+        ValueError: there is no `max_completion_length`, in tokens, to divide by.
+    """
+    if max_completion_length is None:
+        raise ValueError(
+            "aggregation 'constant' divides by max_completion_length: "
+            "pass token_weights=algorithm.token_weights(mask, max_completion_length)"
+        )
+    return mask / (len(mask) * max_completion_length)
+
+
+AGGREGATIONS: dict[str, Aggregation] = {"sequence_mean": sequence_mean, "token_mean": token_mean, "constant": constant}

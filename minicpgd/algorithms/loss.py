@@ -1,0 +1,236 @@
+r"""The loss: what a row of the table computes.
+
+A row answers four questions:
+
+1. *baseline* and *weight*: how good was a response? (`advantages.py`)
+2. *surrogate*: what is maximised, and where does a token stop counting? (`surrogates.py`)
+3. *aggregation*: how do tokens and responses share one mean? (`aggregation.py`)
+4. *drift*: is moving away from $\pi_{old}$ penalised? (`divergence.py`)
+
+`Algorithm.loss` puts the answers together:
+
+$$ \mathrm{loss} = \sum_t w_t \left( -\mathrm{surrogate}_t + \alpha\, \mathrm{drift}_t
+   + \beta\, \mathrm{KL}_{ref,t} \right) $$
+
+The weights $w_t$ come from the aggregation; $\alpha$ is `drift_coef`.
+
+In: log-probabilities (B, T) in nats and advantages (B,), for B responses of at most T tokens. Out: a scalar loss and its
+metrics. You may change what a row computes; `table.py` says which rows there are.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from minicpgd.algorithms.advantages import WEIGHTS, Baseline, Weight, batch_whitened, equal
+from minicpgd.algorithms.aggregation import AGGREGATIONS, Aggregation
+from minicpgd.algorithms.divergence import bounded_drift, k3
+from minicpgd.algorithms.surrogates import LEVELS, Level, Surrogate, per_token
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The numbers in a loss."""
+
+    epsilon: float = 0.2
+    """Ratios are clipped below at 1 - epsilon."""
+    epsilon_high: float | None = None
+    """Ratios are clipped above at 1 + epsilon_high. None: the row's own value, else epsilon."""
+    drift_coef: float = 1.0
+    """CPGD's alpha, the weight of the policy drift, for rows with drift."""
+    drift_clip: float = 2.0
+    """CPGD's c: the gradient of the drift never exceeds it."""
+    beta: float = 0.0
+    """Weight of the KL to a reference policy."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row of the table. A simple training loop calls `advantages` and `loss`, and nothing else."""
+
+    name: str
+    label: str
+    """The name that papers and figures print."""
+    baseline: Baseline
+    weight: Weight
+    surrogate: Surrogate
+    aggregation: Aggregation
+    drift: bool
+    shows: str
+    """What a reader learns from this row."""
+    level: Level = per_token
+    """Where the ratio is taken: for each token, or for a whole response."""
+    epsilon_high: float | None = None
+    """The row's own upper clip bound, where it has one."""
+    reference_kl: str = "loss"
+    """Where `beta` acts: in the "loss", or as a penalty in the "reward"."""
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether the row compares the responses to one prompt with each other, and so needs at least two."""
+        return self.baseline is not batch_whitened or self.weight is not equal
+
+    @property
+    def clips(self) -> bool:
+        """Whether a token can count as clipped, tried at ratios far beyond the bounds."""
+        d, A = torch.tensor([-9.0, 9.0]), torch.tensor([-1.0, 1.0])
+        objective, unclipped = self.surrogate(d, A, d, -0.1, 0.1)
+        return bool((objective != unclipped).any())
+
+    def override(
+        self, advantage_weight: str | None = None, aggregation: str | None = None, importance_level: str | None = None
+    ) -> "Algorithm":
+        """The same row with other columns.
+
+        Args:
+            advantage_weight: a name of `WEIGHTS`; None keeps the row's own, here and below.
+            aggregation: a name of `AGGREGATIONS`.
+            importance_level: a name of `LEVELS`.
+        """
+        return replace(
+            self,
+            weight=WEIGHTS[advantage_weight] if advantage_weight else self.weight,
+            aggregation=AGGREGATIONS[aggregation] if aggregation else self.aggregation,
+            level=LEVELS[importance_level] if importance_level else self.level,
+        )
+
+    def advantages(self, rewards: Tensor, lengths: Tensor, *, advantage_weight: str | None = None) -> Tensor:
+        """Rewards to advantages.
+
+        Args:
+            rewards: (N, G), one per response, any unit.
+            lengths: (N, G), the lengths of the responses in tokens.
+            advantage_weight: "equal", "std" or "clip_filter" in place of the row's own.
+
+        Returns:
+            (N, G). They are exactly 0 where all rewards of the group (or of the batch) are equal.
+        """
+        weight = WEIGHTS[advantage_weight] if advantage_weight else self.weight
+        return weight(rewards) * self.baseline(rewards, lengths)
+
+    def loss(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        settings: LossSettings = LossSettings(),  # noqa: B008 (frozen)
+        *,
+        ref_logp: Tensor | None = None,
+        token_weights: Tensor | None = None,
+    ) -> "LossOutput":
+        r"""The scalar to minimise, on one (micro-)batch.
+
+        Args:
+            logp: (B, T), $\log \pi_\theta$ of the sampled tokens, nats; only this carries a gradient.
+            old_logp: (B, T), the same under the policy that sampled.
+            advantages: (B,), one per response.
+            mask: (B, T), true or 1 where a token belongs to the response. Other places are never read.
+            settings: the clip bounds $[1-\varepsilon, 1+\varepsilon_{high}]$, $\alpha$, $c$ and $\beta$.
+            ref_logp: (B, T), log-probabilities under the reference policy, for `beta`.
+            token_weights: (B, T), this micro-batch's rows of `token_weights` of the whole optimizer step.
+
+        Returns:
+            `LossOutput`. Source: the paper named beside each function; all of CPGD: arXiv 2505.12504.
+
+        Raises:
+            ValueError: `beta` without `ref_logp`, or the aggregation `constant` without `token_weights`.
+        """
+        inside = mask.bool()
+        d = torch.where(inside, logp - old_logp, 0.0)
+        A = advantages[:, None].to(logp.dtype)
+        low, high = map(math.log, self.clip_bounds(settings.epsilon, settings.epsilon_high))
+
+        objective, unclipped = self.surrogate(self.level(d, inside), A, torch.where(inside, logp, 0.0), low, high)
+        token_loss = -objective
+        if self.drift:
+            token_loss = token_loss + settings.drift_coef * bounded_drift(d, settings.drift_clip)
+        ref_kl = None
+        if settings.beta and self.reference_kl == "loss":
+            if ref_logp is None:
+                raise ValueError("beta is the weight of the KL to a reference policy: pass ref_logp, (B, T)")
+            ref_kl = k3(torch.where(inside, ref_logp - logp, 0.0))
+            token_loss = token_loss + settings.beta * ref_kl
+        if token_weights is None:
+            token_weights = self.token_weights(inside)
+        return LossOutput(
+            loss=(token_weights * token_loss).sum(),
+            log_ratio=d.detach(),
+            clipped=(objective != unclipped).expand_as(d),
+            advantages=A.detach().expand_as(d),
+            mask=inside,
+            ref_kl=None if ref_kl is None else ref_kl.detach(),
+        )
+
+    def clip_bounds(self, epsilon: float, epsilon_high: float | None = None) -> tuple[float, float]:
+        """The ratios at which this row clips. The upper one comes from `epsilon_high`, the row, or `epsilon`."""
+        above = next(e for e in (epsilon_high, self.epsilon_high, epsilon) if e is not None)
+        return 1 - epsilon, 1 + above
+
+    def token_weights(self, mask: Tensor, max_completion_length: int | None = None) -> Tensor:
+        """(B, T) mask of a whole optimizer step to the (B, T) weights of its tokens; the length is in tokens."""
+        return self.aggregation(mask, max_completion_length)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A scalar loss and, detached, the (B, T) tensors of its metrics. `metrics` is computed when it is read."""
+
+    loss: Tensor
+    log_ratio: Tensor
+    clipped: Tensor
+    advantages: Tensor
+    mask: Tensor
+    ref_kl: Tensor | None
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """`loss`, and the `token_metrics` of this batch alone."""
+        return {"loss": self.loss.item(), **token_metrics([self])}
+
+
+def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
+    r"""Metrics over all tokens of several batches, such as one pass over a rollout.
+
+    `kl_old`: mean k3 of $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$, nats per token. `ratio_min`, `ratio_p01`,
+    `ratio_p99`, `ratio_max`: quantiles of the token ratios. `clip_frac_pos`, `clip_frac_neg`: share of all tokens that
+    the surrogate clips, with A > 0 and with A < 0. `kl_ref`: mean k3 to the reference, if there is one. (k3: Schulman,
+    *Approximating KL divergence*, 2020.)
+    """
+    # float64, because exp of a very large log-ratio does not fit into float32
+    d = torch.cat([o.log_ratio[o.mask] for o in outputs]).double()
+    clipped = torch.cat([o.clipped[o.mask] for o in outputs])
+    positive = torch.cat([o.advantages[o.mask] > 0 for o in outputs])
+    if not len(d):
+        return {}
+    ordered = d.sort().values.exp()
+    metrics = {
+        "kl_old": k3(d).mean().item(),
+        "ratio_min": ordered[0].item(),
+        "ratio_p01": ordered[round(0.01 * (len(d) - 1))].item(),
+        "ratio_p99": ordered[round(0.99 * (len(d) - 1))].item(),
+        "ratio_max": ordered[-1].item(),
+        "clip_frac_pos": (clipped & positive).double().mean().item(),
+        "clip_frac_neg": (clipped & ~positive).double().mean().item(),
+    }
+    ref = [o.ref_kl[o.mask] for o in outputs if o.ref_kl is not None]
+    return metrics | ({"kl_ref": torch.cat(ref).double().mean().item()} if ref else {})
+
+
+def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
+    r"""The coefficient that `drift_coef="auto"` sets for a rollout: $\alpha = \max |A|$. Ours, not the paper's.
+
+    In one context with exact expectations and no clip, each ratio then settles at $r^* = 1 + A/\alpha \in [0, 2]$. With
+    $\alpha < -\min A$ the objective has no maximum: it grows without bound as the probability of the worst action
+    falls. Notebook 7 derives this, and `tests/test_closed_form.py` tests it.
+
+    Args:
+        advantages: any shape, of one rollout.
+        previous: the value to keep if no response of the rollout has an advantage.
+    """
+    largest = advantages.abs().max().item()
+    return largest if largest > 0 else previous

@@ -1,0 +1,106 @@
+r"""Surrogates: what is maximised, estimated on samples of an older policy.
+
+With $d = \log \pi_\theta - \log \pi_{old}$, $r = \exp(d)$ and the advantage $A$, each surrogate is a number per token
+to be *maximised*. At $r = 1$ all of them have the same gradient, $A$. They differ further out:
+
+| surrogate | its gradient in $\log \pi_\theta$, not clipped | where A > 0, r large | where A < 0, r large |
+|---|---|---|---|
+| `log_ratio_free` | $A$ | $A$ | $A$ |
+| `log_ratio_clip` | $A$ | 0 | $A$ |
+| `ratio_free` | $r A$ | explodes | explodes |
+| `ratio_clip` | $r A$ | 0 | **explodes** |
+| `ratio_dual_clip` | $r A$ | 0 | 0 beyond r = 3 |
+| `capped_weight` | $r A$ | $(1 + \varepsilon_{high}) A$ | $(1 + \varepsilon_{high}) A$ |
+
+For small r the rows with $r A$ have a vanishing gradient. The others keep $A$ until the token is clipped.
+
+The fourth row is PPO's, and so GRPO's, RLOO's and REINFORCE++'s. It lowers the probability of a bad token whose ratio
+*rose* with a gradient that grows with the ratio. The second row is CPGD's: no ratio multiplies the advantage. CPGD as a
+whole also has the drift. For $A < 0$ and $\alpha = -A$ the sum of both gradients is $r A$ again, up to r = 3.
+
+In: `log_ratio` d and `logp` in nats and `advantage` A, all broadcastable to (B, T), and the bounds as log-ratios
+`low` < 0 < `high`. Out: a pair, the objective and the same without its bound; a token counts as clipped where they
+differ. All surrogates have one signature. The `LEVELS` at which a ratio can be taken stand at the end.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Surrogate = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+Level = Callable[[Tensor, Tensor], Tensor]
+
+DUAL_CLIP = 3.0
+
+
+def ratio(log_ratio: Tensor) -> Tensor:
+    r"""$r = \exp(d)$ (PPO, arXiv 1707.06347), limited to $e^{80}$.
+
+    The largest float32 is near $e^{88}$, and the gradient of a clipped infinity is NaN.
+    """
+    return log_ratio.clamp(max=80).exp()
+
+
+def log_ratio_free(
+    log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    r"""$d A$: the policy gradient on samples of another policy (CPGD without its clip, arXiv 2505.12504)."""
+    free = log_ratio * advantage
+    return free, free
+
+
+def log_ratio_clip(
+    log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    r"""$\min(d A,\ \mathrm{clip}(d, \ln(1-\varepsilon), \ln(1+\varepsilon_{high}))\, A)$: CPGD (arXiv 2505.12504)."""
+    free = log_ratio * advantage
+    return torch.minimum(free, log_ratio.clamp(low, high) * advantage), free
+
+
+def ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    r"""$r A$: importance sampling, unbounded (PPO, arXiv 1707.06347, equation 6)."""
+    free = ratio(log_ratio) * advantage
+    return free, free
+
+
+def ratio_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    r"""$\min(r A,\ \mathrm{clip}(r, 1-\varepsilon, 1+\varepsilon_{high})\, A)$: PPO (arXiv 1707.06347, equation 7)."""
+    free = ratio(log_ratio) * advantage
+    return torch.minimum(free, ratio(log_ratio.clamp(low, high)) * advantage), free
+
+
+def ratio_dual_clip(
+    log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    r"""`ratio_clip`, and for $A < 0$ never below $3 A$ (dual clip, arXiv 1912.09729, equation 5)."""
+    clipped, free = ratio_clip(log_ratio, advantage, logp, low, high)
+    return torch.where(advantage < 0, torch.maximum(clipped, DUAL_CLIP * advantage), clipped), free
+
+
+def capped_weight(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    r"""$\mathrm{sg}[\min(r, 1+\varepsilon_{high})]\, A \log \pi_\theta$: no token is silenced (CISPO, 2506.13585)."""
+    weight = ratio(log_ratio.detach())
+    return weight.clamp(max=math.exp(high)) * advantage * logp, weight * advantage * logp
+
+
+# Levels: where is the ratio taken? In: (B, T) log-ratios and mask. Out: (B, T) or (B, 1).
+
+
+def per_token(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    r"""$r_t$: every token has its own ratio (GRPO, arXiv 2402.03300)."""
+    return log_ratio
+
+
+def per_sequence(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    r"""$\prod_t r_t$: the ratio of whole responses, as TRL's RLOOTrainer has it (RLOO, arXiv 2402.14740)."""
+    return (log_ratio * mask).sum(dim=1, keepdim=True)
+
+
+def per_sequence_mean(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    r"""$(\prod_t r_t)^{1/T}$: the geometric mean of the response's ratios (GSPO, arXiv 2507.18071)."""
+    return per_sequence(log_ratio, mask) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+LEVELS: dict[str, Level] = {"token": per_token, "sequence": per_sequence, "sequence_mean": per_sequence_mean}

@@ -1,0 +1,179 @@
+"""Commands for before a run: `memory`, what fits on a card, and the plan of `train --dry-run`.
+
+In: settings. Out: tables on the terminal. No weights are loaded, and at most a model's config.json is downloaded.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from minicpgd.cli.flags import Loop, Model, Objective, Sampling, Task
+from minicpgd.cli.progress import console
+from minicpgd.config import MAX_TOKENS, ModelSettings, TaskSettings, TrainConfig
+from minicpgd.errors import MissingPackageError, Range, UserError, describe_error
+from minicpgd.recipes import Recipe
+
+if TYPE_CHECKING:
+    from minicpgd.memory import Memory
+
+USUAL = TrainConfig(
+    model="Qwen/Qwen2.5-1.5B-Instruct", load_in_4bit=True, lora_r=16, gradient_checkpointing=True, num_prompts=8,
+    num_generations=8, max_completion_length=512, rollout_batch_size=64,
+)  # fmt: skip
+
+
+def memory(
+    objective: Objective,
+    task: Task,
+    model: Model,
+    sampling: Sampling,
+    loop: Loop,
+    recipe: str | None = None,
+    gpu: float | None = None,
+    prompt_length: int = 300,
+) -> None:
+    """Say where the memory of a training step goes, by component, and what fits on a card; no weights are loaded.
+
+    Args:
+        recipe: settings for a real model on a real card, by name (see docs/qlora.md), or a YAML file of your own. Other
+            flags override it.
+        gpu: GB of a card; then also which settings fit on it.
+        prompt_length: tokens of the longest prompt; the prediction takes responses of the largest length.
+    """
+    from minicpgd.memory import GIB, fit_card, model_config
+
+    config = TrainConfig.from_groups(objective, task, model, sampling, loop)
+    Range(1, MAX_TOKENS).check("prompt_length", prompt_length)
+    architecture = model_config(config.model)
+    with _built_from_config(config.model):
+        attempts = fit_card(math.inf if gpu is None else gpu, architecture, config, prompt_length=prompt_length)
+    console.print(f"{config.model}, prompts of {prompt_length} tokens, responses of {config.max_completion_length}\n")
+    _print_memory(attempts[0].memory)
+    if gpu is None:
+        return
+    table = Table(title=f"\nOn a card of {gpu:g} GB", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("each line changes one thing more", "rollout", "update", "in all", "fits"):
+        table.add_column(name, justify="right" if name in ("rollout", "update", "in all") else "left")
+    for before, attempt in zip([attempts[0], *attempts], attempts, strict=False):
+        flags = [
+            f"--{field.name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for field in fields(TrainConfig)
+            if (value := getattr(attempt.config, field.name)) != getattr(before.config, field.name)
+        ]
+        sizes = (attempt.memory.rollout, attempt.memory.update, attempt.memory.peak)
+        fitting = "[green]yes[/]" if attempt.fits else "[red]no[/]"
+        table.add_row(" ".join([attempt.change, *flags]), *(f"{size / GIB:.1f} GiB" for size in sizes), fitting)
+    console.print(table)
+
+
+@contextmanager
+def _built_from_config(name: str) -> Iterator[None]:
+    """Turn an unusable config.json in a user's folder into one line. Errors with a known model keep their traceback."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not Path(name).is_dir():
+            raise
+        raise UserError(
+            f"model = {name!r}: no model can be built from its config.json: {describe_error(error)}"
+        ) from error
+
+
+def show_plan(config: TrainConfig, recipe: Recipe | None = None) -> None:
+    """Print what a run would do and need, without downloading or loading a model.
+
+    Raises:
+        UserError: the model is unknown, or the data are not where they should be.
+    """
+    import torch
+
+    from minicpgd.memory import PROMPT_LENGTH, model_config, predict
+    from minicpgd.memory.simulate import shape_of
+    from minicpgd.tasks import describe_data, load_reward
+    from minicpgd.training.run_folder import refuse_existing
+
+    refuse_existing(config.folder)
+    reward = config.reward or "the task's own"
+    try:
+        if config.reward is not None:
+            load_reward(config.reward)
+    except MissingPackageError as error:
+        reward = f"{reward} ({error})"
+    architecture = model_config(config.model)
+    on_card = torch.cuda.is_available() or config.load_in_4bit
+    with _built_from_config(config.model):
+        shape = shape_of(architecture, config, torch.bfloat16)
+    sizes = {kind: sum(p.numel() for p in shape.parameters() if p.requires_grad == kind) for kind in (True, False)}
+    weights = f"{sizes[False] / 1e6:,.0f} M frozen weights{' in 4-bit NF4' if config.load_in_4bit else ''}"
+    adapter = f"a LoRA adapter of rank {config.lora_r}, {sizes[True] / 1e6:.1f} M parameters, on {weights}"
+    plan = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    rows = {
+        "model": f"{config.model}; {_whereabouts(config.model, sizes[False] or sizes[True])}",
+        "trained": adapter if config.lora_r else f"all {sizes[True] / 1e6:,.1f} M weights",
+        "problems": describe_data(config),
+        "reward": reward,
+        "steps": f"{config.max_steps} rollouts of {config.num_prompts} x {config.num_generations} responses of at most "
+        f"{config.max_completion_length} tokens; {config.updates_per_rollout} updates on each, by {config.algorithm}",
+        "goes to": f"{config.folder}/",
+    }
+    for name, value in rows.items():
+        plan.add_row(name, value)
+    console.print(plan, "", sep="\n")
+    length = PROMPT_LENGTH if config.task != TaskSettings.task else 16
+    with _built_from_config(config.model):
+        predicted = predict(config, architecture, prompt_length=length, device="cuda" if on_card else "cpu")
+    console.print(f"Memory {'on a card' if on_card else 'on this CPU'}, predicted for prompts of {length} tokens:\n")
+    _print_memory(predicted)
+    if recipe and recipe.peak_gib and recipe.card_gib:
+        note = f"The recipe expects {recipe.peak_gib:g} GiB of {recipe.card_gib:g}: {recipe.basis}."
+        console.print(
+            note if config == recipe.config else f"{note} That is for its own settings; some are changed here."
+        )
+    console.print("Nothing was downloaded or written. Without --dry-run it starts.")
+
+
+def _print_memory(predicted: "Memory") -> None:
+    """Print a table of components, at the largest moment of each phase."""
+    from minicpgd.memory.predict import COMPONENTS, GIB, ROLLOUT, UPDATE
+
+    moments = {
+        phase: max(moments, key=predicted.total) for phase, moments in (("rollout", ROLLOUT), ("update", UPDATE))
+    }
+    totals = [predicted.total(moment) + predicted.assumed for moment in moments.values()]
+    unit, size_of_unit, digits = ("GiB", GIB, 2) if max(totals) > GIB / 2 else ("MiB", 2**20, 1)
+
+    def in_units(sizes: Iterable[float]) -> list[str]:
+        return [f"{size / size_of_unit:.{digits}f}" if size else "" for size in sizes]
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in (unit, *moments, ""):
+        table.add_column(name, justify="right" if name in moments else "left")
+    for name, meaning in COMPONENTS.items():
+        sizes = [predicted.moments[moment][name] for moment in moments.values()]
+        if any(sizes):
+            table.add_row(name, *in_units(sizes), f"[dim]{meaning}")
+    if predicted.assumed:
+        both = in_units([predicted.assumed] * 2)
+        table.add_row("CUDA itself", *both, "[dim]its context, gaps between blocks; assumed, not measured")
+    table.add_row(
+        "[bold]in all", *(f"[bold]{total}" for total in in_units(totals)), "at the worst moment of each phase"
+    )
+    console.print(table)
+
+
+def _whereabouts(name: str, parameters: int) -> str:
+    from huggingface_hub import try_to_load_from_cache
+
+    if name == ModelSettings.model:
+        return "comes with minicpgd"
+    if Path(name).is_dir():
+        return "a local folder"
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in weights):
+        return "in this machine's cache"
+    return f"to be downloaded from the hub, about {parameters * 2 / 1e9:.1f} GB"

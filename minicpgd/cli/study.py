@@ -1,0 +1,177 @@
+"""Commands that make many runs, or the embedded model: `demo`, `study`, `pretrain`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+from rich.table import Table
+
+from minicpgd.cli.flags import Flag
+from minicpgd.cli.progress import Bars, console
+from minicpgd.config import SEEDS
+from minicpgd.errors import Range, UserError
+
+if TYPE_CHECKING:
+    from minicpgd.config import TrainConfig
+
+COLUMNS = ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "max ratio", "sec.")
+
+
+def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, num_iterations: int = 16) -> None:
+    """Train CPGD, GRPO, RLOO and REINFORCE++ side by side, with many updates on every rollout, and show the outcome.
+
+    Args:
+        seed: decides problems and samples, the same ones for all four.
+        folder: where runs and figures go; a number is appended if it exists already.
+        max_steps: rollouts; at least 10, so that collapse can be judged.
+        num_iterations: passes over each rollout, of 4 updates each. With 1 all four learn.
+    """
+    from minicpgd.algorithms import display_name
+    from minicpgd.experiments.demo import demo_configs, free_folder
+    from minicpgd.experiments.outcome import WINDOW
+    from minicpgd.experiments.runner import run_all
+    from minicpgd.plots.published import save_figures
+    from minicpgd.training.run_folder import read_lines
+
+    if max_steps < WINDOW:
+        raise UserError(f"max_steps = {max_steps}: collapse is defined over {WINDOW} steps, so at least {WINDOW}")
+    chosen = free_folder(folder)
+    configs = [
+        replace(config, max_steps=max_steps, num_iterations=num_iterations) for config in demo_configs(chosen, seed)
+    ]
+    k = configs[0].updates_per_rollout
+    console.print(f"Four algorithms, one model, the same problems, {k} updates on every rollout.")
+    with Bars([display_name(config.algorithm) for config in configs], max_steps) as bars:
+        newest = [0] * len(configs)
+
+        def poll() -> None:
+            for i, config in enumerate(configs):
+                rows = read_lines(config.folder / "metrics.jsonl")
+                if rows and rows[-1]["step"] > newest[i]:
+                    newest[i] = rows[-1]["step"]
+                    bars.update(i, newest[i], f"reward {rows[-1]['reward']:.2f}")
+
+        folders = run_all(configs, on_wait=poll)
+
+    _print_outcomes(configs)
+    for path in save_figures(chosen, folders):
+        console.print(f"figure  {path}")
+    console.print(f"runs    {chosen}/")
+    program = sys.argv[0] if sys.argv[0].endswith("minicpgd") else "minicpgd"
+    console.print(f"next    {program} sample {folders[0]}   shows what CPGD's policy writes now;")
+    console.print("        minicpgd/algorithms/table.py is the table with these four rows.")
+
+
+def _print_outcomes(configs: Sequence["TrainConfig"]) -> None:
+    from minicpgd.algorithms import display_name
+    from minicpgd.experiments.outcome import outcome
+    from minicpgd.training.run_folder import run_seconds
+
+    first = configs[0]
+    title = f"\nAfter {first.max_steps} rollouts of {first.updates_per_rollout} updates, seed {first.seed}: "
+    title += "accuracy before, best and final"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "algorithm" else "right", no_wrap=True)
+    for config in configs:
+        result = outcome(config.folder)
+        table.add_row(
+            display_name(config.algorithm),
+            *(f"{share:.2f}" for share in (result.accuracy_before, result.accuracy_best, result.accuracy_final)),
+            f"{result.reward_before:.2f}→{result.reward_last:.2f}",
+            "[red]yes[/]" if result.collapsed else "[green]no[/]",
+            f"{result.kl_largest:.2g}",
+            f"{result.ratio_largest:.3g}",
+            f"{run_seconds(config.folder):.0f}",
+        )
+    console.print(table)
+    console.print(
+        "\nAccuracy: greedy, on 256 held-out problems. Reward: of sampled responses, before training and in\n"
+        "the last 10 steps. Collapsed: that is below half of its best over any 10 in a row, or below the\n"
+        "reward before training. KL and ratio: of the policy to the one that sampled; nats per token.\n"
+    )
+
+
+def study(
+    name: tyro.conf.Positional[Literal["map", "drift", "anatomy", "fair", "warning"]],
+    /,
+    quick: Flag = False,
+    folder: Path = Path("runs/studies"),
+    jobs: int | None = None,
+) -> None:
+    """Make a study: many runs, a table of their outcomes, and its figures. You may stop and repeat it at any time.
+
+    Args:
+        name: which study; `warning` makes no runs: it reads those of the other studies in the same folder.
+        quick: a smaller study, in minutes.
+        folder: where studies and their runs go. An existing run is not made again.
+        jobs: runs at a time; by default one per core.
+    """
+    if jobs is not None:
+        Range(1, 1000).check("jobs", jobs)
+    from minicpgd.experiments import QUICK, STUDIES, SUMMARIES, run_study, warning_study
+    from minicpgd.plots.published import save_study_figures
+
+    tables = folder / (f"{name}-quick" if quick else name)
+    if name == "warning":
+        warning_study(folder, tables, quick=quick)
+    else:
+        chosen = (QUICK if quick else STUDIES)[name]
+        console.print(chosen.asks)
+        with Bars([part.name for part in chosen.parts], 100, unit=" %") as bars:
+            run_study(
+                chosen,
+                tables,
+                folder / "runs",
+                jobs=jobs,
+                on_wait=lambda part, work, done, asked: bars.update(part, work * 100, f"{done} of {asked} runs"),
+            )
+    summary = SUMMARIES[name](tables)
+    if len(summary) < len(summary.columns):  # Transposed, it fits a terminal.
+        summary = summary.set_index(summary.columns[0]).T.reset_index(names="")
+    printed = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for i, column in enumerate(summary.columns):
+        printed.add_column(column, overflow="fold", min_width=None if i else 17)
+    for row in summary.itertuples(index=False):
+        printed.add_row(*row)
+    console.print("", printed, "", sep="\n")
+    console.print(
+        "Intervals, in brackets, hold 95 %. A run is healthy if it has not collapsed and ends with at least half\n"
+        f"of the held-out problems right (minicpgd/experiments/outcome.py).\n\ntable   {tables / 'study.csv'}"
+    )
+    for path in save_study_figures(tables, name, tables):
+        console.print(f"figure  {path}")
+
+
+def pretrain(folder: Path = Path("runs/embedded"), seed: int = 0, steps: int = 750) -> None:
+    """Make the embedded model again from a seed, and compare it with the one that ships.
+
+    Args:
+        folder: where weights and tokenizer go; it must not exist yet.
+        seed: seed 0 made the model that ships.
+        steps: optimizer steps.
+    """
+    Range(1, 10**9).check("steps", steps)
+    SEEDS.check("seed", seed)
+    if folder.exists():
+        raise UserError(f"folder = {str(folder)!r} exists already: choose another")
+    from minicpgd.models import load_policy
+    from minicpgd.models import pretrain as maker
+
+    with Bars(["pretraining"], steps) as bars:
+        remade = maker.pretrain(
+            folder, seed=seed, steps=steps, on_step=lambda step, loss: bars.update(0, step, f"loss {loss:.3f}")
+        )
+    difference = maker.largest_difference(folder)
+    table = Table("1,024 held-out problems, one sample each", "remade", "shipped")
+    a, b = maker.measure(remade), maker.measure(load_policy())
+    for name in ("accuracy", "worked_share", "worked_accuracy", "guess_accuracy"):
+        table.add_row(name.replace("_", " "), f"{getattr(a, name):.3f}", f"{getattr(b, name):.3f}")
+    console.print(table)
+    verdict = "those that ship, to the last bit"
+    if difference:
+        verdict = f"not those that ship: they differ by up to {difference:.2g}"
+    console.print(f"{folder}: the weights are {verdict}")

@@ -1,0 +1,102 @@
+"""The command `train`. Ctrl-C finishes the step, saves, and says how to continue."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minicpgd.cli.flags import Flag, Loop, Model, Objective, Sampling, Task
+from minicpgd.cli.progress import Bars, console
+from minicpgd.config import ModelSettings, TrainConfig
+from minicpgd.recipes import load_recipe
+
+if TYPE_CHECKING:
+    from minicpgd.models import Policy
+
+
+def train(
+    objective: Objective,
+    task: Task,
+    model: Model,
+    sampling: Sampling,
+    loop: Loop,
+    resume: Path | None = None,
+    recipe: str | None = None,
+    dry_run: Flag = False,
+) -> None:
+    """Train a policy on one GPU or the CPU, and leave a run's folder behind.
+
+    Args:
+        resume: continue this run, bit for bit, from its newest intact checkpoint. Only --max-steps may be changed.
+        recipe: settings for a real model on a real card, by name (see docs/qlora.md), or a YAML file of your own. Other
+            flags override it.
+        dry_run: say what the run would do and need, and do nothing.
+    """
+    config = TrainConfig.from_groups(objective, task, model, sampling, loop)
+    if dry_run:
+        from minicpgd.cli.plan import show_plan
+
+        show_plan(config, load_recipe(recipe) if recipe else None)
+    else:
+        run(replace(config, output_dir=str(resume)) if resume else config, resume=resume is not None)
+
+
+def run(config: TrainConfig, *, resume: bool = False) -> None:
+    """Train with a progress bar; a first Ctrl-C stops after the step, a second one at once."""
+    from minicpgd.algorithms import display_name
+    from minicpgd.cli.model_card import write_card
+    from minicpgd.training import Callbacks
+    from minicpgd.training import train as train_run
+    from minicpgd.training.run_folder import resume_command
+
+    if config.model != ModelSettings.model:
+        console.print(f"loading {config.model} and the problems of {config.task}; missing files come from the hub")
+    reached = 0
+    with _stop_signals() as received, Bars([display_name(config.algorithm)], config.max_steps) as bars:
+
+        def on_step(step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
+            nonlocal reached
+            reached = step
+            note = f"reward {metrics['reward']:.2f}  length {metrics['completion_length']:.0f}"
+            bars.update(0, step, note + (f"  accuracy {a:.2f}" if (a := metrics.get("eval_accuracy")) else ""))
+
+        def on_load(policy: "Policy") -> None:
+            if policy.peft:
+                console.print(f"{config.model} on {policy.device}, {policy.dtype_in_words}")
+
+        callbacks = Callbacks(
+            on_load=on_load,
+            on_resume=lambda step: console.print(f"continuing after step {step}"),
+            on_step=on_step,
+            on_warning=lambda line: print(f"warning: {line}", file=sys.stderr),
+            should_stop=lambda: bool(received),
+        )
+        folder = train_run(config, resume=resume, callbacks=callbacks)
+    if received and reached < config.max_steps:  # The folder model/ cannot tell: a prolonged run has one already.
+        console.print(f"stopped and saved. Continue with: {resume_command(folder).strip('`')}")
+        sys.exit(128 + received[0])
+    if config.lora_r:
+        write_card(folder / config.weights_folder, folder)
+    console.print(f"done: {folder}   (minicpgd evaluate {folder}; minicpgd plot {folder})")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list; the second one raises KeyboardInterrupt."""
+    received: list[int] = []
+
+    def remember(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        console.print("\nfinishing this step and saving; press Ctrl-C again to stop at once")
+
+    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

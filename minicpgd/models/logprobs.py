@@ -1,0 +1,87 @@
+r"""Token log-probabilities: how likely were the sampled tokens under a policy?
+
+For each token $y_t$ of a completion, this file computes $\log \pi(y_t \mid x, y_{<t})$ and the entropy of the whole
+next-token distribution, at the temperature that the tokens were sampled with.
+
+The logits would be the largest tensor of training: B x T x V numbers, of which one per token is needed. So they are
+computed for `chunk_size` tokens at a time, reduced to two numbers each, dropped, and computed again in the backward
+pass. (B, T, V) never exists.
+
+In: a model, token ids and a mask, (B, P + T). Out: log-probabilities and entropies, (B, T) each, in nats.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+LOGITS_AT_ONCE = 2**24  # These numbers take 64 MiB in float32, and a few times as much in the computation.
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_length: int,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Score the last `completion_length` tokens of each row.
+
+    Args:
+        model: a causal LM of transformers.
+        input_ids: (B, P + T), left-padded prompts followed by right-padded completions.
+        attention_mask: (B, P + T), 1 for real tokens.
+        completion_length: T.
+        temperature: the tokens were sampled with it; logits are divided by it.
+        chunk_size: tokens whose logits exist at once; None for as many as make 64 MiB.
+
+    Returns:
+        (logp, entropy), each (B, T) in nats. Both are float32, because in bfloat16 the on-policy ratio would differ from
+        1. The entropy carries no gradient. Values at padding are finite and mean nothing.
+    """
+    hidden = model.get_decoder()(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+    ).last_hidden_state[:, -completion_length - 1 : -1]
+    targets = input_ids[:, -completion_length:]
+    head = _Head(model, temperature)
+    chunk_size = chunk_size or max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
+    if targets.numel() <= chunk_size:
+        return head(hidden, targets)
+    pieces = [
+        checkpoint(head, h, y, use_reentrant=False)
+        for h, y in zip(hidden.flatten(0, 1).split(chunk_size), targets.flatten().split(chunk_size), strict=True)
+    ]
+    logp, entropy = (torch.cat(column).view_as(targets) for column in zip(*pieces, strict=True))
+    return logp, entropy
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """(B, L) mask to (B, L) positions that count real tokens only, so that left padding changes nothing."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def logp_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., V) logits and (...) token ids to log-probabilities and entropies, (...) each, in nats, float32."""
+    log_p = logits.float().log_softmax(-1)
+    logp = log_p.gather(-1, targets[..., None]).squeeze(-1)
+    with torch.no_grad():
+        # An action of probability 0 adds 0, not 0 * -inf.
+        entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+    return logp, entropy
+
+
+class _Head(nn.Module):
+    """Hidden states and token ids to log-probabilities and entropies, through the model's own output layer."""
+
+    def __init__(self, model: PreTrainedModel, temperature: float):
+        super().__init__()
+        self.output, self.temperature = model.get_output_embeddings(), temperature
+        text_config = model.config.get_text_config()
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma caps its logits.
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.output(hidden)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logp_and_entropy(logits.float() / self.temperature, targets)

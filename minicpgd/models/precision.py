@@ -1,0 +1,91 @@
+"""How the arithmetic is done: dtype, optimizer, threads, and activations that are computed twice.
+
+In: settings and a model. Out: a dtype with the reason for it, an optimizer, a changed model. The optional packages of
+the extra `qlora` are imported here, only when they are needed.
+"""
+
+import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minicpgd.errors import MissingPackageError
+
+LOSS_SCALE = 2.0**12  # float16 has no number below 6e-8, and gradients can be smaller.
+SMALL_MODEL = 10**6  # parameters
+
+
+def choose_dtype(wanted: str, *, adapter: bool, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of frozen weights and of the arithmetic, and the reason in words.
+
+    Args:
+        wanted: "auto", or a dtype's name.
+        adapter: whether the weights are frozen; weights that are trained are float32.
+    """
+    if wanted != "auto":
+        return getattr(torch, wanted), "as asked"
+    if not adapter:
+        return torch.float32, "the weights themselves are trained"
+    if device.type == "cpu":
+        return torch.float32, "on a CPU it is the fastest"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the card supports it"
+    return torch.float16, (
+        f"{torch.cuda.get_device_name()} has no bfloat16; log-probabilities are float32 all the same, and the loss is "
+        f"scaled by {LOSS_SCALE:.0f} so that small gradients survive"
+    )
+
+
+@contextmanager
+def one_thread_if_small(model: PreTrainedModel) -> Iterator[None]:
+    """Compute on one thread if the model has fewer than a million parameters; restore the number of threads after.
+
+    Such a model gains nothing from a second thread. On a busy machine the threads would wait for each other.
+    """
+    threads = torch.get_num_threads()
+    if model.num_parameters() < SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Compute the activations of each layer again in the backward pass, instead of keeping them."""
+    # The transformers that verl 0.9.1 needs knows only the second, older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[Tensor], learning_rate: float, *, adapter: bool, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW (0.9, 0.999) without weight decay; `paged_adamw_8bit` keeps moments in 8 bit, and pages them on a GPU.
+
+    Args:
+        name: "adamw", "paged_adamw_8bit", or "auto": the second for an adapter on a GPU, else the first.
+        parameters: the trained tensors, of any shape.
+    """
+    if name == "paged_adamw_8bit" or (name == "auto" and adapter and device.type == "cuda"):
+        bnb = import_extra("bitsandbytes")
+        kind = bnb.optim.PagedAdamW8bit if device.type == "cuda" else bnb.optim.AdamW8bit  # A CPU cannot page.
+        return kind(parameters, lr=learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+
+
+def import_extra(package: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        install = "pip install 'minicpgd[qlora]'"
+        raise MissingPackageError(f"4-bit weights and LoRA need {package}: {install} ({error})") from error

@@ -1,0 +1,222 @@
+r"""Sampling: prompts go in, G responses to each come out, with the log-probabilities that an update needs.
+
+Sampling is written out here because the ratio depends on it being exactly $\pi_{old}$. The log-probabilities kept are
+those of the distribution that the tokens were drawn from, at the same temperature. (`generate` of transformers keeps
+only the 50 likeliest tokens, unless it is told otherwise.)
+
+In: a policy, prompts, `SamplingSettings`. Out: a `Rollout` of B = N * G responses.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+
+from minicpgd.config import SamplingSettings
+from minicpgd.errors import NonFiniteError
+from minicpgd.models.logprobs import logp_and_entropy, position_ids, token_logprobs
+from minicpgd.models.policy import Policy
+from minicpgd.models.precision import one_thread_if_small
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B = N * G responses; the G responses to one prompt stand together."""
+
+    prompt_ids: Tensor  # (B, P), left-padded
+    prompt_mask: Tensor  # (B, P), 1 for real tokens
+    completion_ids: Tensor  # (B, T), right-padded; the end-of-sequence token belongs to the response
+    mask: Tensor  # (B, T) bool, made from lengths, never by comparing ids
+    lengths: Tensor  # (B,), tokens
+    truncated: Tensor  # (B,) bool: reached max_completion_length without an end
+    logp: Tensor  # (B, T), log-probabilities under the policy that sampled, nats; 0 at padding
+    entropy: Tensor  # (B, T), of the distribution sampled from, nats; 0 at padding
+    completions: list[str]  # B texts
+
+    def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Some rows as `token_logprobs` takes them: ids and mask (b, p + t), and t, cut to the longest of these."""
+        longest = int(self.lengths[rows].max())
+        prompt = int(self.prompt_mask[rows].sum(dim=1).max())
+        ids = torch.cat([self.prompt_ids[rows, -prompt:], self.completion_ids[rows, :longest]], dim=1)
+        mask = torch.cat([self.prompt_mask[rows, -prompt:], self.mask[rows, :longest]], dim=1)
+        return ids, mask, longest
+
+    def micro_batches(self, rows: Tensor, size: int | None, tokens: int | None) -> list[Tensor]:
+        """Split a minibatch into parts that fit in memory.
+
+        Args:
+            rows: (b,) indices of responses.
+            size: the largest number of responses in a part.
+            tokens: the largest number of tokens in a part, with prompts and padding. Rows of similar length then go
+                together, the longest first. A response that is longer goes alone.
+
+        Returns:
+            Indices into `rows`; each row is in one part.
+        """
+        if tokens is None:
+            return list(torch.arange(len(rows), device=rows.device).split(size or len(rows)))
+        prompts, completions = self.prompt_mask[rows].sum(dim=1).tolist(), self.lengths[rows].tolist()
+        parts: list[list[int]] = []
+        for i in sorted(range(len(rows)), key=lambda i: prompts[i] + completions[i], reverse=True):
+            grown = [*parts[-1], i] if parts else [i]
+            width = max(prompts[j] for j in grown) + max(completions[j] for j in grown)
+            fits = len(grown) * width <= tokens and len(grown) <= (size or len(rows))
+            parts = [*parts[:-1], grown] if parts and fits else [*parts, [i]]
+        return [torch.tensor(part, device=rows.device) for part in parts]
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: PreTrainedModel,
+        *,
+        size: int | None = None,
+        tokens: int | None = None,
+        temperature: float = 1.0,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """The log-probabilities of these tokens under a model: (B, T) in nats, 0 at padding.
+
+        Args:
+            size, tokens: see `micro_batches`.
+            temperature, chunk_size: see `token_logprobs`.
+        """
+        scored = torch.zeros_like(self.logp)
+        with one_thread_if_small(model):
+            for part in self.micro_batches(torch.arange(len(scored), device=scored.device), size, tokens):
+                ids, attention, t = self.inputs(part)
+                scored[part, :t], _ = token_logprobs(model, ids, attention, t, temperature, chunk_size)
+        return scored * self.mask
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[str],
+    num_generations: int,
+    settings: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
+    *,
+    generator: torch.Generator | None = None,
+    greedy: bool = False,
+) -> Rollout:
+    r"""Sample `num_generations` responses to each prompt, or take the likeliest token each time.
+
+    Args:
+        prompts: N texts.
+        num_generations: G.
+        settings: at most T = `max_completion_length` tokens. With `top_p` and `top_k` the log-probabilities kept are
+            still those of the whole distribution, since $\pi_\theta$ is compared with that.
+        generator: the source of all randomness, on the policy's device.
+        greedy: take the likeliest token each time; a generator is not needed.
+
+    Raises:
+        NonFiniteError: the model's logits are not finite.
+        ValueError: neither a generator nor `greedy`.
+    """
+    if generator is None and not greedy:
+        raise ValueError("sampling needs a generator; greedy=True needs none")
+    model, was_training = policy.model, policy.model.training
+    model.eval()
+    prompt_ids, prompt_mask = policy.encode(prompts)
+    which = torch.arange(len(prompts), device=policy.device).repeat_interleave(num_generations)  # (B,), prompts
+    with one_thread_if_small(model):
+        batches = [
+            _sample_batch(policy, prompt_ids, prompt_mask, rows, settings, None if greedy else generator)
+            for rows in which.split(settings.rollout_batch_size or len(which))
+        ]
+    completion_ids, logp, entropy, lengths, ended = (torch.cat(column) for column in zip(*batches, strict=True))
+    model.train(was_training)
+
+    longest = int(lengths.max())
+    texts = [row[:length] for row, length in zip(completion_ids.tolist(), lengths.tolist(), strict=True)]
+    return Rollout(
+        prompt_ids=prompt_ids[which],
+        prompt_mask=prompt_mask[which],
+        completion_ids=completion_ids[:, :longest],
+        mask=torch.arange(longest, device=policy.device) < lengths[:, None],
+        lengths=lengths,
+        truncated=~ended,
+        logp=logp[:, :longest],
+        entropy=entropy[:, :longest],
+        completions=policy.tokenizer.batch_decode(texts, skip_special_tokens=True),
+    )
+
+
+def _sample_batch(
+    policy: Policy,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    which: Tensor,
+    settings: SamplingSettings,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sample one response to each prompt in `which`, token by token; greedily without a generator.
+
+    Args:
+        prompt_ids, prompt_mask: (N, P).
+        which: (b,) indices of prompts; equal ones stand together.
+
+    Returns:
+        Token ids, log-probabilities and entropies, (b, T) each; lengths and whether a response ended, (b,) each.
+    """
+    model, eos_ids, limit = policy.model, policy.eos_ids, settings.max_completion_length
+    completion_ids = which.new_full((len(which), limit), policy.pad_id)
+    logp, entropy = torch.zeros(2, len(which), limit, device=which.device)
+    lengths, ended = torch.full_like(which, limit), torch.zeros_like(which, dtype=torch.bool)
+    asked, group = torch.unique_consecutive(which, return_inverse=True)
+    cache = DynamicCache(config=model.config)
+    inputs, attention = prompt_ids[asked], prompt_mask[asked]
+    active = torch.arange(len(which), device=which.device)  # the responses that are still computed
+    for t in range(limit):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=attention,
+            position_ids=position_ids(attention)[:, -inputs.shape[1] :],
+            logits_to_keep=1,
+            **{cache_argument(model): cache},
+        ).logits[:, -1].float() / settings.temperature  # fmt: skip
+        if t == 0:  # Each prompt is encoded once. Its cache is copied to its responses.
+            cache.batch_select_indices(group)
+            logits, attention = logits[group], attention[group]
+        if not logits.isfinite().all():
+            raise NonFiniteError("the model's logits are not finite")
+        if generator is None:
+            token = logits.argmax(-1)
+        else:
+            token = torch.multinomial(_likeliest(logits, settings).softmax(-1), 1, generator=generator).squeeze(1)
+        token_logp, token_entropy = logp_and_entropy(logits, token)
+
+        running = ~ended[active]
+        rows = active[running]
+        completion_ids[rows, t], logp[rows, t] = token[running], token_logp[running]
+        entropy[rows, t] = token_entropy[running]
+        ended[rows] = torch.isin(token[running], eos_ids)
+        lengths[rows[ended[rows]]] = t + 1
+        if ended.all():
+            break
+        running = ~ended[active]
+        if 2 * int(running.sum()) <= len(active):  # Half have ended. Drop them, to save their computation.
+            keep = running.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            active, token, attention = active[keep], token[keep], attention[keep]
+        attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
+        inputs = token[:, None]
+    return completion_ids, logp, entropy, lengths, ended
+
+
+def _likeliest(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """(b, V) logits, with -inf outside `top_k` and `top_p`. The first argument of the warpers is never read."""
+    if settings.top_k > 0:
+        logits = TopKLogitsWarper(settings.top_k)(None, logits)  # type: ignore[arg-type]
+    if settings.top_p < 1:
+        logits = TopPLogitsWarper(settings.top_p)(None, logits)  # type: ignore[arg-type]
+    return logits
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The model's name for the argument with its keys and values: transformers 5.24 renamed it."""
+    network = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper takes any argument.
+    parameters = inspect.signature(type(network).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"

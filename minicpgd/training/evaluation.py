@@ -1,0 +1,129 @@
+r"""Evaluation: how good is a policy on problems that it never trained on?
+
+Greedy accuracy takes the likeliest token each time, so it needs no random numbers. Sampled responses show what training
+sees, and `pass@k`: the probability that one of k tries is right. Its unbiased estimator, for n samples of which c are
+right, is (Chen et al., arXiv 2107.03374, equation 1)
+
+$$ \mathrm{pass@}k = 1 - \binom{n-c}{k} \Big/ \binom{n}{k} $$
+
+In: a run, a model or a `Policy`, and a task. Out: shares of 1, and lengths in tokens.
+"""
+
+from math import comb
+from pathlib import Path
+
+import torch
+
+from minicpgd.config import MAX_TOKENS, SEEDS, ModelSettings, SamplingSettings, TrainConfig, load_config
+from minicpgd.errors import Range, UserError
+from minicpgd.models.policy import Policy, load_policy, resolve_model
+from minicpgd.models.sampling import Rollout, generate
+from minicpgd.tasks import Task, get_task, load_task
+from minicpgd.training.run_folder import resume_command
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The unbiased estimate that one of k tries is right, from c right ones in n samples; k <= n (equation 1)."""
+    return 1 - comb(num_samples - num_correct, k) / comb(num_samples, k)
+
+
+def evaluate(
+    run_or_model: str | Path | Policy,
+    *,
+    task: str | None = None,
+    num_problems: int = 256,
+    num_samples: int = 8,
+    max_completion_length: int | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Measure a policy on the first `num_problems` held-out problems.
+
+    Args:
+        run_or_model: a finished run's folder, "embedded", a model folder, a hub name, or a `Policy`.
+        task: name of a task; by default the run's, else chain_arithmetic.
+        num_samples: sampled responses per problem.
+        max_completion_length: tokens; by default the run's, else 64.
+        seed: chooses the problems and the samples.
+
+    Returns:
+        `accuracy` (greedy), `sampled_accuracy`, `pass@k` for k = 1, 2, 4, ... up to `num_samples`, and
+        `completion_length` (greedy, tokens). Accuracies are shares of 1.
+
+    Raises:
+        UserError: there is no such model, the run has not finished, or a number is out of range.
+    """
+    Range(1, MAX_TOKENS).check("num_samples", num_samples)
+    config = TrainConfig()
+    if isinstance(run_or_model, Policy):
+        policy = run_or_model
+    else:
+        policy, config = open_policy(run_or_model)
+    chosen = load_task(config) if task in (None, config.task) else get_task(task)
+    length = max_completion_length or config.max_completion_length
+    settings = SamplingSettings(length, temperature, rollout_batch_size=config.rollout_batch_size)
+    greedy, greedy_right = respond(policy, chosen, num_problems, settings, greedy=True, seed=seed)
+    _, right = respond(policy, chosen, num_problems, settings, num_samples=num_samples, seed=seed)
+    correct = right.sum(dim=1).tolist()
+    result = {"accuracy": greedy_right.double().mean().item(), "sampled_accuracy": right.double().mean().item()}
+    for k in [2**i for i in range(num_samples.bit_length())]:
+        result[f"pass@{k}"] = sum(pass_at_k(num_samples, c, k) for c in correct) / len(correct)
+    return result | {"completion_length": greedy.lengths.double().mean().item()}
+
+
+def open_policy(run_or_model: str | Path) -> tuple[Policy, TrainConfig]:
+    """The policy of a finished run, with the run's config; or a model, with the default config.
+
+    Raises:
+        UserError: there is no such model, or the run has not finished.
+    """
+    folder = Path(run_or_model)
+    if not ((folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()):
+        name = str(run_or_model)
+        batch_size = None if resolve_model(name) != name else 64  # The keys and values of a real model need memory.
+        return load_policy(name), TrainConfig(rollout_batch_size=batch_size)
+    config = load_config(folder / "config.json")
+    trained = folder / config.weights_folder
+    if not trained.is_dir():
+        raise UserError(f"{folder}: has not finished; if it is not running, {resume_command(folder)}")
+    if config.lora_r:
+        return load_policy(config, with_reference=config.beta > 0, adapter=trained), config
+    return load_policy(ModelSettings(str(trained), chat_template=config.chat_template)), config
+
+
+def respond(
+    policy: Policy,
+    task: Task,
+    num_problems: int,
+    settings: SamplingSettings,
+    *,
+    num_samples: int = 1,
+    greedy: bool = False,
+    seed: int = 0,
+) -> tuple[Rollout, torch.Tensor]:
+    """Answer held-out problems, with `num_samples` samples each, or greedily.
+
+    Args:
+        settings: `top_k` and `top_p` are not used: evaluations sample from the whole distribution.
+        seed: chooses the problems and the samples.
+
+    Returns:
+        The rollout, and a bool tensor (problems, num_samples): which responses are right. There are fewer problems than
+        asked for if the task has no more.
+
+    Raises:
+        ConfigError: a number is out of range, or more tokens than fit.
+    """
+    Range(1, MAX_TOKENS / settings.max_completion_length / num_samples).check("num_problems", num_problems)
+    SEEDS.check("seed", seed)
+    problems = task.held_out(num_problems, seed)
+    rollout = generate(
+        policy,
+        [problem["prompt"] for problem in problems],
+        num_samples,
+        settings.without_limits(),
+        generator=torch.Generator(policy.device).manual_seed(seed),
+        greedy=greedy,
+    )
+    right = [task.is_correct(problems[i // num_samples], text) for i, text in enumerate(rollout.completions)]
+    return rollout, torch.tensor(right).view(-1, num_samples)

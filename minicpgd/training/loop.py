@@ -1,0 +1,119 @@
+r"""The loop: step after step, each logged, some saved, until the end or until the caller says stop.
+
+`step.py` says what a step does. Here a run gets its folder, continues from a checkpoint, and ends in a state from which
+it can continue.
+
+In: a config. Out: the run's folder, which `run_folder.py` describes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from minicpgd.config import TrainConfig
+from minicpgd.errors import NonFiniteError, UserError, is_out_of_memory
+from minicpgd.models.policy import Policy
+from minicpgd.training.checkpoint import load_checkpoint, remove_newer, restore, save_checkpoint
+from minicpgd.training.run_folder import RunFolder, refuse_existing, resume_command
+from minicpgd.training.step import Learner
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What a run calls: `on_step` has the step, its metrics and its timings; `on_warning` has one line.
+
+    When `should_stop` returns true, the step is finished and saved, and the run ends.
+    """
+
+    on_load: Callable[[Policy], None] = lambda policy: None
+    on_resume: Callable[[int], None] = lambda step: None
+    on_step: Callable[[int, dict[str, float], dict[str, float]], None] = lambda step, metrics, timings: None
+    on_warning: Callable[[str], None] = lambda line: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = Callbacks()) -> Path:  # noqa: B008 (frozen)
+    """Train, from the start or from the newest intact checkpoint of `config.folder`.
+
+    Args:
+        config: what to run. With `resume` it has to be the run's own, from its folder; only `max_steps` may be larger.
+        callbacks: they learn of every step, and can stop the run.
+
+    Returns:
+        The run's folder; see `run_folder.py` for its files. The folder `model/` (`adapter/`, with LoRA) exists once the
+        run has ended.
+
+    Raises:
+        UserError: something cannot be loaded, resumed or written, a reward function fails, or the run's folder exists.
+        NonFiniteError: a loss or gradient is not a number; checkpoints hold the last state that was saved.
+    """
+    if not resume:
+        refuse_existing(config.folder)
+    learner = Learner.from_config(config)
+    callbacks.on_load(learner.policy)
+    with _one_line_for_disk_errors(config.folder):
+        run = RunFolder.reopen(config) if resume else RunFolder.create(config)
+        with run.lock():
+            first, saved = _restore_newest(learner, run, callbacks)
+            for step in range(first, config.max_steps + 1):
+                try:
+                    log = learner.step(step) if step else learner.evaluate_before_training()
+                except NonFiniteError as error:
+                    raise NonFiniteError(
+                        f"step {step}: {error}; the last good checkpoint is {saved or 'none yet'}. "
+                        "In a new run, try a smaller learning_rate or fewer num_iterations, or algorithm=cpgd"
+                    ) from error
+                stop = callbacks.should_stop()
+                run.append_step(step, log)
+                if step % config.save_steps == 0 or step == config.max_steps or stop:
+                    state = {"drift_coef": learner.drift_coef}
+                    saved = save_checkpoint(run.checkpoints, step, learner.policy.model, learner.optimizer, state)
+                callbacks.on_step(step, log.metrics, log.timings)
+                if stop and step < config.max_steps:
+                    return run.folder
+            learner.policy.save(run.folder / config.weights_folder)
+    return run.folder
+
+
+def _restore_newest(learner: Learner, run: RunFolder, callbacks: Callbacks) -> tuple[int, Path | None]:
+    """Restore the newest intact checkpoint, and remove what was logged and saved after it.
+
+    Returns:
+        The next step, and the checkpoint's path, if there is one. The same comes out of the steps that are made again.
+    """
+    checkpoint = load_checkpoint(run.checkpoints, callbacks.on_warning)
+    if checkpoint:
+        if checkpoint.step > run.config.max_steps:
+            raise UserError(
+                f"{checkpoint.path}: its step is after max_steps = {run.config.max_steps}; it is not of this run"
+            )
+        restore(checkpoint, learner.policy.model, learner.optimizer)
+        learner.drift_coef = checkpoint.extra["drift_coef"]
+    elif run.has_begun:
+        callbacks.on_warning(f"{run.checkpoints}: no checkpoint is intact; the run begins again, from step 0")
+    last = checkpoint.step if checkpoint else -1
+    if missing := run.truncate_after(last):
+        callbacks.on_warning(
+            f"{run.folder / 'metrics.jsonl'}: the line of step {missing[0]} is missing ({len(missing)} in all)"
+        )
+    remove_newer(run.checkpoints, checkpoint)
+    if checkpoint:
+        callbacks.on_resume(last)
+    return last + 1, checkpoint.path if checkpoint else None
+
+
+@contextmanager
+def _one_line_for_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk, or one that is read-only, into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        hint = "choose another with --output-dir"
+        if (folder / "config.json").exists():
+            hint = f"its files are intact. Once it can be written, continue with {resume_command(folder)}"
+        raise UserError(f"{folder}: cannot be written ({error}); {hint}") from error

@@ -1,0 +1,141 @@
+r"""What a step records: its experience, its passes, and every metric that a run logs.
+
+Nothing here changes the learner. A notebook that takes a step apart uses these:
+
+    generators = seed_step(seed, step)                       all randomness of the step
+    experience = learner.collect(generators)                 problems, rollout, rewards, advantages
+    seen = learner.train_pass(experience, generators.order)  one pass over the rollout, with its updates
+    learner.score(experience.rollout)                        log-probabilities under the policy as it is now
+
+In: an `Experience` and the passes over it. Out: the lines of metrics.jsonl, timings.jsonl, samples.jsonl and
+passes.jsonl. docs/metrics.md defines each metric.
+"""
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minicpgd.algorithms import LossOutput, k3, token_metrics
+from minicpgd.config import TrainConfig
+from minicpgd.models.sampling import Rollout
+from minicpgd.tasks import Task
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One rollout with everything that its updates need. The G responses to one prompt stand together."""
+
+    problems: list[dict[str, str]]  # B = N * G
+    rollout: Rollout
+    rewards: Tensor  # (N, G)
+    advantages: Tensor  # (N, G)
+    drift_coef: float  # of this rollout
+    ref_logp: Tensor | None  # (B, T) under the reference policy, nats, if there is one
+
+
+class Pass(NamedTuple):
+    """What the updates of one pass over a rollout saw: each minibatch just before its own update."""
+
+    outputs: list[LossOutput]  # of every micro-batch
+    losses: list[float]  # of every update
+    grad_norms: list[float]  # of every update, before clipping
+
+    @classmethod
+    def from_updates(cls, updates: Sequence[tuple[list[LossOutput], float]]) -> "Pass":
+        """Put the results of `Learner.update` together."""
+        outputs = [output for update_outputs, _ in updates for output in update_outputs]
+        losses = [sum(output.loss.item() for output in update_outputs) for update_outputs, _ in updates]
+        return cls(outputs, losses, [norm for _, norm in updates])
+
+
+class StepLog(NamedTuple):
+    """What a step leaves in the run's folder."""
+
+    metrics: dict[str, float]  # a line of metrics.jsonl
+    timings: dict[str, float] = {}  # a line of timings.jsonl: seconds, tokens per second, bytes; empty for step 0
+    samples: Sequence[dict] = ()  # lines of samples.jsonl: the responses to the first prompt
+    passes: Sequence[dict] = ()  # lines of passes.jsonl: ratios, KL and clipped shares of each pass
+
+
+def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, config: TrainConfig) -> dict[str, float]:
+    """All metrics of a step. Ratios, KL and clipped shares are those of the last pass."""
+    rollout, rewards = experience.rollout, experience.rewards
+    deviation = rewards.std(dim=1, correction=min(1, rewards.shape[1] - 1))
+    responses = zip(experience.problems, rollout.completions, strict=True)
+    metrics = {
+        "reward": rewards.mean().item(),
+        "reward_std": deviation.mean().item(),
+        "frac_reward_zero_std": (deviation == 0).double().mean().item(),
+        "accuracy": float(np.mean([task.is_correct(problem, text) for problem, text in responses])),
+        "completion_length": rollout.lengths.double().mean().item(),
+        "frac_truncated": rollout.truncated.double().mean().item(),
+        "entropy": rollout.entropy[rollout.mask].mean().item(),
+        "advantage_min": experience.advantages.min().item(),
+        "advantage_max": experience.advantages.max().item(),
+        "drift_coef": experience.drift_coef if config.row.drift else 0.0,
+        **token_metrics(passes[-1].outputs),
+        "grad_norm": float(np.mean([norm for seen in passes for norm in seen.grad_norms])),
+        "loss": float(np.mean([loss for seen in passes for loss in seen.losses])),
+        "learning_rate": config.learning_rate,
+    }
+    if experience.ref_logp is not None:  # A row with beta in its loss has measured it there.
+        metrics.setdefault("kl_ref", k3((experience.ref_logp - rollout.logp)[rollout.mask]).mean().item())
+    return metrics
+
+
+def before_training(
+    rollout: Rollout, rewards: Sequence[float], right: Tensor, greedy_accuracy: float
+) -> dict[str, float]:
+    """Step 0: a sampled response to each held-out problem, and the greedy accuracy.
+
+    Args:
+        rewards: one per response.
+        right: any shape, whether each sampled response is right.
+    """
+    return {
+        "reward": float(np.mean(rewards)),
+        "accuracy": right.double().mean().item(),
+        "completion_length": rollout.lengths.double().mean().item(),
+        "eval_accuracy": greedy_accuracy,
+    }
+
+
+def step_timings(rollout: Rollout, rollout_seconds: float, update_seconds: float) -> dict[str, float]:
+    """What depends on the clock and the machine."""
+    return {
+        "rollout_seconds": rollout_seconds,
+        "update_seconds": update_seconds,
+        "tokens_per_second": int(rollout.lengths.sum()) / (rollout_seconds + update_seconds),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def peak_memory() -> int:
+    """The largest number of bytes so far: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+def sample_rows(step: int, experience: Experience) -> list[dict]:
+    """The responses to the first prompt, as rows of samples.jsonl."""
+    rewards, advantages = experience.rewards.flatten().tolist(), experience.advantages.flatten().tolist()
+    columns = (experience.problems, experience.rollout.completions, rewards, advantages)
+    return [
+        {"step": step, "prompt": problem["prompt"], "completion": text, "reward": reward, "advantage": advantage}
+        for problem, text, reward, advantage in zip(*columns, strict=True)
+    ][: experience.rewards.shape[1]]
+
+
+def pass_rows(step: int, passes: Sequence[Pass]) -> list[dict]:
+    """Ratios, KL and clipped shares of each pass, as rows of passes.jsonl; passes count from 1."""
+    return [
+        {"step": step, "pass": number, **token_metrics(seen.outputs)} for number, seen in enumerate(passes, start=1)
+    ]

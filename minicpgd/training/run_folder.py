@@ -1,0 +1,232 @@
+"""A run is a folder that explains itself.
+
+    config.json       the settings
+    metrics.jsonl     a line per step: what the run did; the same bytes whenever it is repeated on one machine
+    timings.jsonl     a line per step: what depends on the clock and the machine
+    samples.jsonl     some sampled responses, with reward and advantage
+    passes.jsonl      for the same steps, a line per pass over the rollout: ratios, KL, clipped shares
+    checkpoints/      the two newest (see checkpoint.py)
+    model/            the trained model, once the run has ended; transformers loads it. With LoRA it is
+    adapter/          instead, which PEFT loads onto the model that `config.json` names
+
+Line 0 of the metrics is the model before training: its greedy accuracy and its mean reward on the held-out set.
+
+In: settings, and the log of each step. Out: these files, or what `load_run` reads from them.
+"""
+
+import functools
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from minicpgd.config import TrainConfig, load_config
+from minicpgd.errors import ConfigError, UserError, short_repr
+from minicpgd.files import parse_json, write_atomically
+from minicpgd.training.metrics import StepLog
+
+LOGS = ("metrics", "timings", "samples", "passes")
+
+
+class Run(NamedTuple):
+    """What `load_run` returns."""
+
+    config: TrainConfig
+    metrics: dict[str, np.ndarray]
+    samples: list[dict[str, Any]]
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a run's folder.
+
+    Returns:
+        (config, metrics, samples): `metrics` maps each name to a float array with one value a step, `nan` where that
+        step has none; its column `step` starts at 0, the model before training.
+
+    Raises:
+        UserError: there is no such run, or a log has a line that is not its own; the message names file and line.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a run: there is no config.json in it")
+    return Run(
+        load_config(folder / "config.json"), _columns(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
+    )
+
+
+def load_timings(path: str | Path) -> dict[str, np.ndarray]:
+    """The columns of a run's timings.jsonl, in the form of `load_run`'s metrics."""
+    return _columns(Path(path) / "timings.jsonl")
+
+
+def run_seconds(path: str | Path) -> float:
+    """Seconds that a run spent in rollouts and updates."""
+    timings = load_timings(path)
+    return float((timings["rollout_seconds"] + timings["update_seconds"]).sum()) if timings else 0.0
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a log, each with its `step`; none if the file does not exist.
+
+    A last line without its line break is still being written. It is left out.
+
+    Raises:
+        UserError: a line is not a JSON object with a step.
+    """
+    if not path.exists():
+        return []
+    if not path.is_file():  # Reading a pipe could take forever.
+        raise UserError(f"{path}: not a file")
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            if type(row.get("step")) is not int or row["step"] < 0:
+                raise ValueError(f"step = {short_repr(row.get('step'))}: a step is a number, from 0 on")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}; without that line the file can be read") from error
+        rows.append(row)
+    return rows
+
+
+def _columns(path: Path) -> dict[str, np.ndarray]:
+    rows = read_lines(path)
+    for row in rows:
+        for name, value in row.items():
+            if type(value) is not float and not (type(value) is int and abs(value) < 2**63):
+                raise UserError(f"{path}: at step {row['step']}, {name} = {short_repr(value)}: a number expected")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
+
+
+def resume_command(folder: Path) -> str:
+    """The command that continues a run, in backticks, for a message."""
+    return f"`minicpgd train --resume {shlex.quote(str(folder))}`"
+
+
+def refuse_existing(folder: Path) -> None:
+    """Call this before anything that takes long.
+
+    Raises:
+        ConfigError: the run's folder exists already.
+    """
+    if folder.exists():
+        raise ConfigError(
+            f"output_dir = {str(folder)!r} exists already: continue it with {resume_command(folder)}, or choose another"
+        )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The writing side of a run's folder."""
+
+    folder: Path
+    config: TrainConfig
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> "RunFolder":
+        """Make a new folder, which appears with its config.json inside or not at all.
+
+        Raises:
+            ConfigError: the folder exists already.
+        """
+        folder = config.folder
+        refuse_existing(folder)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        temporary.mkdir(parents=True)
+        try:
+            config.save(temporary / "config.json")
+            temporary.rename(folder)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return cls(folder, config)
+
+    @classmethod
+    def reopen(cls, config: TrainConfig) -> "RunFolder":
+        """Open the folder of a run that continues. Only `max_steps` may differ from its settings, and be larger.
+
+        Raises:
+            UserError: it is not a run, or another setting changed; the line names the fields.
+        """
+        folder = config.folder
+        if not (folder / "config.json").is_file():
+            raise UserError(f"cannot resume {folder}: there is no config.json in it")
+        stored = load_config(folder / "config.json")
+        before, now = (asdict(replace(c, output_dir="", max_steps=1)) for c in (stored, config))
+        changed = [f"{name} was {before[name]}, is {now[name]}" for name in before if before[name] != now[name]]
+        if config.max_steps < stored.max_steps:
+            changed.append(f"max_steps was {stored.max_steps}, is {config.max_steps}")
+        if changed:
+            raise ConfigError(
+                f"cannot resume {folder} with other settings: {'; '.join(changed)} (only max_steps may grow)"
+            )
+        if config != stored:
+            write_atomically(folder / "config.json", config.save)
+        return cls(folder, config)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step has been logged."""
+        return bool(read_lines(self.folder / "metrics.jsonl"))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep every other process from writing this run. The lock ends with the process, however it ends.
+
+        Raises:
+            UserError: another process is writing the run.
+        """
+        try:
+            with FileLock(self.folder / ".lock", blocking=False):
+                yield
+        except Timeout as error:
+            raise UserError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from error
+
+    def truncate_after(self, step: int) -> list[int]:
+        """Remove the lines of all steps after `step`, because these steps are made again.
+
+        Returns:
+            The steps until then that have no line in the metrics, for example after an error of the disk.
+        """
+        paths = [self.folder / f"{name}.jsonl" for name in LOGS]
+        logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
+        for path, rows in zip(paths, logs, strict=True):
+            text = "".join(map(_line, rows))
+            write_atomically(path, functools.partial(Path.write_text, data=text))
+        return sorted(set(range(step + 1)) - {row["step"] for row in logs[0]})
+
+    def append_step(self, step: int, log: StepLog) -> None:
+        """Add the lines of one step to all logs."""
+        self.append("metrics", [{"step": step, **log.metrics}])
+        self.append("timings", [{"step": step, **log.timings}] if log.timings else [])
+        self.append("samples", log.samples)
+        self.append("passes", log.passes)
+
+    def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Add lines to a log, and force them to disk."""
+        with (self.folder / f"{name}.jsonl").open("a") as file:
+            file.write("".join(map(_line, rows)))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,0 +1,207 @@
+r"""One training step: problems, rollout, rewards, advantages, K updates, log.
+
+An algorithm is a row of the table. Everything here is the same for all rows. In: a config. Out of each `step`: metrics,
+timings and some samples; the policy has changed. `collect` and `step` are the pseudocode; to change what a step does,
+begin there.
+
+K = `num_iterations` * `num_minibatches` updates are made on one rollout. At the first of them
+$\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift has neither value nor gradient, and all surrogates
+have the same gradient. The algorithms differ in how far K and the learning rate can be raised before the policy collapses.
+
+All randomness of a step is decided by (seed, step). So any step can be repeated, and a killed run goes on bit for bit
+from its newest checkpoint.
+"""
+
+import random
+import time
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minicpgd.algorithms import Algorithm, LossOutput, auto_drift_coef
+from minicpgd.config import TrainConfig
+from minicpgd.errors import NonFiniteError
+from minicpgd.models.logprobs import token_logprobs
+from minicpgd.models.policy import Policy, load_policy
+from minicpgd.models.precision import LOSS_SCALE, make_optimizer, one_thread_if_small
+from minicpgd.models.sampling import Rollout, generate
+from minicpgd.tasks import RewardFunction, Task, call_reward, load_reward, load_task
+from minicpgd.training import metrics
+from minicpgd.training.evaluation import respond
+from minicpgd.training.metrics import Experience, Pass, StepLog
+
+
+class Generators(NamedTuple):
+    """The sources of a step's randomness: which problems, which tokens, in which order."""
+
+    problems: random.Random
+    tokens: torch.Generator
+    order: torch.Generator
+
+
+def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Generators:
+    """Seed everything that a step draws from (seed, step) alone, torch's global generator too.
+
+    Args:
+        device: the policy's, where tokens are drawn.
+    """
+    words = [int(word) for word in np.random.SeedSequence([seed, step]).generate_state(4)]
+    torch.manual_seed(words[3])  # Dropout, where a model keeps it, draws from the global generator.
+    tokens = torch.Generator(device).manual_seed(words[1])
+    return Generators(random.Random(words[0]), tokens, torch.Generator().manual_seed(words[2]))
+
+
+@dataclass
+class Learner:
+    """What a run carries from step to step. `drift_coef` is that of the newest rollout."""
+
+    config: TrainConfig
+    algorithm: Algorithm
+    task: Task
+    reward: RewardFunction
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    drift_coef: float
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> "Learner":
+        """Load everything that the config names."""
+        task = load_task(config)
+        reward = load_reward(config.reward) if config.reward is not None else task.reward
+        policy = load_policy(config, with_reference=config.beta > 0)
+        policy.model.train()
+        trained = [p for p in policy.model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(
+            config.optim, trained, config.learning_rate, adapter=policy.peft is not None, device=policy.device
+        )
+        drift_coef = 1.0 if config.drift_coef == "auto" else config.drift_coef
+        return cls(config, config.row, task, reward, policy, optimizer, drift_coef)
+
+    def collect(self, generators: Generators) -> Experience:
+        """Sample a rollout, reward it, and compute its advantages. The learner does not change."""
+        config, groups = self.config, (self.config.num_prompts, self.config.num_generations)
+
+        # Sample G responses to each of N problems.
+        problems = self.task.sample(config.num_prompts, generators.problems)
+        prompts = [problem["prompt"] for problem in problems]
+        rollout = generate(self.policy, prompts, config.num_generations, config, generator=generators.tokens)
+        if self.policy.model.dtype != torch.float32:  # In half precision the sampler's values differ from the scorer's.
+            rollout = replace(rollout, logp=self.score(rollout))
+        problems = [problem for problem in problems for _ in range(config.num_generations)]
+
+        # Reward each response. With a reference, subtract its KL if the row has it in the reward.
+        rewards = torch.tensor(call_reward(self.reward, problems, rollout.completions), device=self.policy.device)
+        rewards = compared = rewards.view(groups)
+        ref_logp = None
+        if config.beta > 0:
+            with self.policy.reference() as reference:
+                ref_logp = self.score(rollout, reference)
+            if self.algorithm.reference_kl == "reward":
+                compared = rewards - config.beta * (rollout.logp - ref_logp).sum(dim=1).view(groups)  # k1 per response
+
+        # Compare the responses to each problem with each other.
+        advantages = self.algorithm.advantages(compared, rollout.lengths.view(groups))
+        drift_coef = self.drift_coef
+        if config.drift_coef == "auto":
+            drift_coef = auto_drift_coef(advantages, previous=drift_coef)
+        return Experience(problems, rollout, rewards, advantages, drift_coef, ref_logp)
+
+    def step(self, step: int) -> StepLog:
+        """Collect one rollout, make K updates on it, and log what happened."""
+        config, started = self.config, time.perf_counter()
+        generators = seed_step(config.seed, step, self.policy.device)
+        experience = self.collect(generators)
+        self.drift_coef = experience.drift_coef
+        sampled = time.perf_counter()
+
+        passes = [self.train_pass(experience, generators.order) for _ in range(config.num_iterations)]
+        trained = time.perf_counter()
+
+        values = metrics.step_metrics(experience, passes, self.task, config)
+        if step % config.eval_steps == 0 or step == config.max_steps:
+            values["eval_accuracy"] = self._held_out_accuracy()
+        timings = metrics.step_timings(experience.rollout, sampled - started, trained - sampled)
+        if step == 1 or step % config.logging_steps == 0:
+            return StepLog(values, timings, metrics.sample_rows(step, experience), metrics.pass_rows(step, passes))
+        return StepLog(values, timings)
+
+    def train_pass(self, experience: Experience, order: torch.Generator) -> Pass:
+        """Use a rollout once, in random order, with one update for each of `num_minibatches` minibatches.
+
+        Args:
+            order: decides which responses form a minibatch.
+        """
+        order_of_responses = torch.randperm(len(experience.problems), generator=order)
+        minibatches = order_of_responses.to(self.policy.device).chunk(self.config.num_minibatches)
+        return Pass.from_updates([self.update(experience, rows) for rows in minibatches])
+
+    def update(self, experience: Experience, rows: Tensor) -> tuple[list[LossOutput], float]:
+        """One optimizer step on some responses, in micro-batches.
+
+        Args:
+            rows: (b,) indices of the minibatch's responses.
+
+        Returns:
+            The loss of each micro-batch (the minibatch's loss is their sum), and the gradient's norm before clipping.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite; nothing was changed.
+        """
+        config, model, parameters = self.config, self.policy.model, self.optimizer.param_groups[0]["params"]
+        rollout, advantages = experience.rollout, experience.advantages.flatten()
+        mask = rollout.mask & ~rollout.truncated[:, None] if config.mask_truncated_completions else rollout.mask
+        weights = self.algorithm.token_weights(mask[rows], config.max_completion_length)
+        settings = config.loss_settings(experience.drift_coef)
+        scale, outputs = LOSS_SCALE if model.dtype == torch.float16 else 1.0, []
+        with one_thread_if_small(model):
+            for places in rollout.micro_batches(rows, config.micro_batch_size, config.micro_batch_tokens):
+                part = rows[places]
+                ids, attention, t = rollout.inputs(part)
+                logp, _ = token_logprobs(model, ids, attention, t, config.temperature, config.chunk_size)
+                output = self.algorithm.loss(
+                    logp,
+                    rollout.logp[part, :t],
+                    advantages[part],
+                    mask[part, :t],
+                    settings,
+                    ref_logp=None if experience.ref_logp is None else experience.ref_logp[part, :t],
+                    token_weights=weights[places, :t],
+                )
+                (scale * output.loss).backward()
+                # Without its graph: the graph's small nodes would keep freed memory from being returned.
+                outputs.append(replace(output, loss=output.loss.detach()))
+            if scale != 1:
+                for parameter in parameters:
+                    parameter.grad /= scale
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+            if not np.isfinite(norm) or not all(output.loss.isfinite() for output in outputs):
+                raise NonFiniteError(f"the loss is {sum(o.loss.item() for o in outputs)}, the gradient's norm {norm}")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return outputs, norm
+
+    def evaluate_before_training(self) -> StepLog:
+        """Step 0: the model before training, on the held-out set."""
+        config = self.config
+        rollout, right = respond(self.policy, self.task, config.eval_problems, config)
+        rewards = call_reward(self.reward, self.task.held_out(config.eval_problems), rollout.completions)
+        return StepLog(metrics.before_training(rollout, rewards, right, self._held_out_accuracy()))
+
+    def _held_out_accuracy(self) -> float:
+        _, right = respond(self.policy, self.task, self.config.eval_problems, self.config, greedy=True)
+        return right.double().mean().item()
+
+    def score(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
+        r"""(B, T) log-probabilities of a rollout's tokens, nats, 0 at padding: under $\pi_\theta$, or another model."""
+        config = self.config
+        return rollout.score(
+            model or self.policy.model,
+            size=config.micro_batch_size or max(1, len(rollout.lengths) // config.num_minibatches),
+            tokens=config.micro_batch_tokens,
+            temperature=config.temperature,
+            chunk_size=config.chunk_size,
+        )
