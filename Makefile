@@ -1,33 +1,34 @@
-# Two commands for a newcomer: `make demo` and `make test`; two for a writer: `make notebooks` and `make docs`; two for
-# whoever doubts: `make faults` and `make mutants`. Each sets up .venv by itself. `make test-verl` runs our losses inside
-# verl, which wants an older transformers and so gets a .venv-verl of its own.
+# make demo       trains CPGD and three baselines on your CPU
+# make test       runs the test suite
+# make check      runs the linter, the formatter, the type checker and the import contract
+# make notebooks  runs the notebooks and saves their outputs
+# make docs       builds the site
+# make faults     kills runs and damages their files, and checks that they recover
+# make mutants    changes the code in many places, and checks that a test fails each time
+# make test-verl  runs our losses inside verl
+# make newest     runs the test suite with the newest version of every package
+# make lock       rewrites requirements.lock and requirements-verl.lock
+#
+# Each command creates the environment that it needs. docs/installation.md has the commands for Windows.
 PYTHON ?= python3
 BIN := .venv/bin
-CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 2; }
+PYTEST := -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-verl faults mutants notebooks docs check clean
+# The lock files hold the exact versions that were tested. pip obeys them and the constraints in PIP_CONSTRAINT.
+PIP := -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --constraint requirements.lock --editable
+INSTALL_VERL := $(PIP) install --constraint requirements-verl.lock pytest --editable
 
-demo: .venv/installed
+CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "minicpgd needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 2; }
+
+.PHONY: demo test check notebooks docs faults mutants test-verl newest lock clean
+
+demo: .venv/demo-installed
 	$(BIN)/minicpgd demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
-
-test-verl: .venv-verl/installed
-	.venv-verl/bin/python -m pytest tests/parity/test_parity_verl.py tests/test_verl_plugin.py tests/test_verl_paths.py
-
-faults: .venv/installed
-	$(BIN)/python benchmarks/faults.py
-
-mutants: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[mutants]'
-	$(BIN)/python benchmarks/mutants.py
-
-notebooks: .venv/installed
-	$(BIN)/python notebooks/build.py
-
-docs: .venv/installed
-	$(BIN)/python docs/build.py
+	$(BIN)/python $(PYTEST)
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -35,20 +36,65 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-.venv/installed: pyproject.toml
+notebooks: .venv/installed
+	$(BIN)/python notebooks/build.py
+
+docs: .venv/installed
+	$(BIN)/python docs/build.py
+
+faults: .venv/installed
+	$(BIN)/python benchmarks/faults.py
+
+mutants: .venv/installed
+	$(BIN)/python $(INSTALL) '.[mutants]' --quiet
+	$(BIN)/python benchmarks/mutants.py
+
+test-verl: .venv-verl/installed
+	.venv-verl/bin/python -m pytest tests/parity/test_parity_verl.py tests/test_verl_plugin.py tests/test_verl_paths.py
+
+# The demo needs no extra. pip reports each package, but it is silent while it unpacks them.
+.venv/demo-installed: pyproject.toml requirements.lock
 	$(CHECK_PYTHON)
-	@echo "setting up .venv, once: a few minutes of silence while packages are fetched"
+	@echo "Creating .venv. This happens once and takes a few minutes; pip is silent during the last one."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python $(INSTALL) .
 	@touch $@
 
-# verl 0.9.1 imports the last three in its trainer without asking for them
-.venv-verl/installed: pyproject.toml
-	$(CHECK_PYTHON)
-	@echo "setting up .venv-verl, once: a few minutes of silence while packages are fetched"
-	$(PYTHON) -m venv .venv-verl
-	.venv-verl/bin/python -m pip install --quiet --editable '.[verl]' 'pytest>=8' cachetools fastapi uvicorn
+.venv/installed: .venv/demo-installed
+	@echo "Adding the packages of the test suite to .venv. This happens once and takes a few minutes."
+	$(BIN)/python $(INSTALL) '.[test]'
 	@touch $@
+
+# verl needs an older transformers, and therefore an environment of its own.
+.venv-verl/installed: pyproject.toml requirements-verl.lock
+	$(CHECK_PYTHON)
+	@echo "Creating .venv-verl. This happens once and takes a few minutes; pip is silent during the last one."
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python $(INSTALL_VERL) '.[verl]'
+	@touch $@
+
+# newest and lock ignore the lock files. They start from empty environments, so that pip finds the newest versions.
+newest:
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python $(PIP) install --editable '.[test]'
+	.venv-newest/bin/python $(PYTEST)
+
+# The oldest supported Python makes the lock files: versions that support 3.11 support newer ones, too.
+lock:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+		echo "make lock needs Python 3.11: make lock PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python $(PIP) install --editable '.[all,mutants]'
+	$(call write_lock,requirements.lock)
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python $(PIP) install pytest --editable '.[verl]'
+	$(call write_lock,requirements-verl.lock)
+	rm -rf .venv-lock
+
+# A lock file keeps its comments. It names no build of torch (+cpu, +cu130) and no package that only a CUDA build needs.
+write_lock = { grep '^\#' $(1); .venv-lock/bin/python $(PIP) freeze --exclude-editable \
+	| sed -E '/^(nvidia|cuda|triton)/d; s/\+.*//'; } > $(1).new && mv $(1).new $(1)
 
 clean:
-	rm -rf .venv .venv-verl mutants build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* mutants build wheelhouse *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

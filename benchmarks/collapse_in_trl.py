@@ -1,16 +1,19 @@
-"""Is the collapse a fault of our loop? The same runs in TRL's: its own GRPOTrainer, and CPGD in it.
+"""Do the settings that collapse in our training loop also collapse in TRL's?
 
     python benchmarks/collapse_in_trl.py                  # 24 runs; about 15 minutes on two cores
-    python benchmarks/collapse_in_trl.py --seeds 0 1 2 3  # one more seed; the runs that are there are kept
+    python benchmarks/collapse_in_trl.py --seeds 0 1 2 3  # adds a seed; the table keeps its finished runs
 
-The embedded model and its task, 16 rollouts of 8 prompts x 16 responses, 64 updates on each (4 minibatches, 16 passes),
-at two learning rates, held constant. All else is at its default or alike: Adam without decay, gradients clipped at norm
-1, ratios clipped to 1 +- 0.2, tokens averaged per response. One thing is not: we draw new minibatches for each pass,
-TRL keeps those of the first. Each run draws its own problems and responses: what is compared is what becomes of the
-runs.
+The script trains with GRPO and CPGD in both loops. In TRL's loop, GRPO is TRL's own GRPOTrainer and CPGD is our
+CPGDTrainer. Each run trains the embedded model on its task: 16 rollouts of 8 prompts x 16 responses, and 64 updates on
+each rollout (4 minibatches, 16 passes), at one of two constant learning rates.
 
-Writes benchmarks/results/collapse_in_trl.csv, a line per rollout, the last of each run with the greedy accuracy on 256
-held-out problems, and docs/figures/peers/collapse_in_trl.png.
+All other settings are equal in both loops: Adam without weight decay, gradients clipped at norm 1, an epsilon of 0.2
+for the ratios, and tokens averaged per response. There is one difference: our loop draws new minibatches for each pass,
+while TRL keeps those of the first pass. Each run draws its own problems and responses, so the script compares the
+outcomes of runs and not their single numbers.
+
+The script writes benchmarks/results/collapse_in_trl.csv with a line per rollout. The last line of each run has the
+greedy accuracy on 256 held-out problems. It also draws docs/figures/peers/collapse_in_trl.png.
 """
 
 import contextlib
@@ -28,14 +31,14 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from minicpgd import TrainConfig, evaluate, load_run, train
+from minicpgd.cli.progress import Bars
+from minicpgd.models.policy import EMBEDDED, Policy, quiet
 from minicpgd.plots.style import COLOURS, DASHES, styled
-from minicpgd.policy import EMBEDDED, Policy, quiet
-from minicpgd.progress import Bars
-from minicpgd.tasks import get_task
+from minicpgd.tasks.task import get_task
 
 RESULTS = Path(__file__).parent / "results" / "collapse_in_trl.csv"
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "peers" / "collapse_in_trl.png"
-PROMPTS, RESPONSES, ROLLOUTS, PASSES, MINIBATCHES, LONGEST = 8, 16, 16, 16, 4, 64
+PROMPTS, RESPONSES, ROLLOUTS, PASSES, MINIBATCHES, MAX_LENGTH = 8, 16, 16, 16, 4, 64
 KEYS = ["learning_rate", "algorithm", "loop", "seed"]
 RUNS = {
     ("grpo", "minicpgd"): "GRPO, our loop",
@@ -45,8 +48,8 @@ RUNS = {
 }
 
 
-def in_our_loop(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[float], float]:
-    """Reward of each rollout, and the greedy accuracy at the end."""
+def train_in_our_loop(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[float], float]:
+    """Train with our loop, and return the reward of each rollout and the greedy accuracy at the end."""
     config = TrainConfig(
         algorithm=algorithm,
         seed=seed,
@@ -56,15 +59,15 @@ def in_our_loop(rate: float, algorithm: str, seed: int, folder: str) -> tuple[li
         num_iterations=PASSES,
         max_steps=ROLLOUTS,
         learning_rate=rate,
-        max_completion_length=LONGEST,
+        max_completion_length=MAX_LENGTH,
         output_dir=folder,
     )
     run = load_run(train(config))
     return run.metrics["reward"][1:].tolist(), float(run.metrics["eval_accuracy"][-1])
 
 
-def in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[float], float]:
-    """The same, with TRL's trainer: for `grpo` its own, untouched."""
+def train_in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[float], float]:
+    """Do the same with TRL's loop. `grpo` is TRL's own trainer without a change."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -79,7 +82,7 @@ def in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[fl
         "num_generations": RESPONSES,
         "num_iterations": PASSES,
         "max_steps": ROLLOUTS * MINIBATCHES * PASSES,
-        "max_completion_length": LONGEST,
+        "max_completion_length": MAX_LENGTH,
         "learning_rate": rate,
         "lr_scheduler_type": "constant",
         "beta": 0.0,
@@ -90,12 +93,12 @@ def in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[fl
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
     }
-    trainer_of, args = (
+    trainer_class, args = (
         (CPGDTrainer, CPGDConfig(algorithm="cpgd", **settings))
         if algorithm == "cpgd"
         else (GRPOTrainer, GRPOConfig(loss_type="grpo", **settings))
     )
-    trainer = trainer_of(
+    trainer = trainer_class(
         model=str(EMBEDDED),
         reward_funcs=task.reward,
         args=args,
@@ -108,17 +111,17 @@ def in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[fl
     return rewards, evaluate(trained, num_samples=1)["accuracy"]
 
 
-def one(rate: float, algorithm: str, loop: str, seed: int) -> pd.DataFrame:
-    """A run, as rows of the table."""
+def run_one(rate: float, algorithm: str, loop: str, seed: int) -> pd.DataFrame:
+    """Train one run and return its rows of the table."""
     quiet()
     torch.set_num_threads(1)
-    work = in_trl if loop == "trl" else in_our_loop
+    train_run = train_in_trl if loop == "trl" else train_in_our_loop
     with (
         tempfile.TemporaryDirectory() as folder,
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),  # TRL prints its log
+        Path(os.devnull).open("w") as devnull,
+        contextlib.redirect_stdout(devnull),  # TRL prints its log.
     ):
-        rewards, accuracy = work(rate, algorithm, seed, str(Path(folder) / "run"))
+        rewards, accuracy = train_run(rate, algorithm, seed, str(Path(folder) / "run"))
     table = pd.DataFrame({"rollout": range(1, len(rewards) + 1), "reward": rewards})
     table.loc[len(rewards) - 1, "eval_accuracy"] = accuracy
     return table.assign(learning_rate=rate, algorithm=algorithm, loop=loop, seed=seed)[[*KEYS, *table.columns]]
@@ -126,49 +129,49 @@ def one(rate: float, algorithm: str, loop: str, seed: int) -> pd.DataFrame:
 
 @styled
 def draw(table: pd.DataFrame) -> Figure:
-    """Reward over the rollouts: a row per learning rate, a panel per algorithm, a line per seed, dashes per loop."""
+    """Draw the reward of each rollout: a row per learning rate, a panel per algorithm, and a line per loop and seed."""
     rates = sorted(table["learning_rate"].unique())
     figure = Figure(figsize=(10, 3.6 * len(rates)), layout="constrained")
     axes = figure.subplots(len(rates), 2, sharex=True, sharey=True, squeeze=False)
-    for line, rate in zip(axes, rates, strict=True):
-        for axis, algorithm in zip(line, ("grpo", "cpgd"), strict=True):
-            for which, loop in enumerate(("minicpgd", "trl")):
+    for row, rate in zip(axes, rates, strict=True):
+        for axis, algorithm in zip(row, ("grpo", "cpgd"), strict=True):
+            for style, loop in enumerate(("minicpgd", "trl")):
                 chosen = (table["learning_rate"] == rate) & (table["algorithm"] == algorithm) & (table["loop"] == loop)
                 for number, (_, run) in enumerate(table[chosen].groupby("seed")):
                     axis.plot(
                         run["rollout"],
                         run["reward"],
-                        color=COLOURS[which],
-                        linestyle=DASHES[which],
+                        color=COLOURS[style],
+                        linestyle=DASHES[style],
                         linewidth=1.7,
                         label=RUNS[algorithm, loop] if number == 0 else None,
                     )
             axis.set(title=f"{algorithm.upper()}, learning rate {rate:g}", ylim=(0, 1.02))
-        line[0].set_ylabel("mean reward of a response")
-    for axis, empty in zip(axes[0], ("upper right", "lower right"), strict=True):
-        axis.legend(loc=empty, handlelength=3)
+        row[0].set_ylabel("mean reward of a response")
+    for axis, empty_corner in zip(axes[0], ("upper right", "lower right"), strict=True):
+        axis.legend(loc=empty_corner, handlelength=3)
     for axis in axes[-1]:
         axis.set_xlabel("rollout (64 updates on each)")
     return figure
 
 
 def main(rates: tuple[float, ...] = (1e-4, 3e-4), seeds: tuple[int, ...] = (0, 1, 2), jobs: int = 2) -> None:
-    """Make the runs that are not in the table yet, and draw all of them.
+    """Train the runs that are not in the table yet, and draw all runs.
 
     Args:
         rates: learning rates.
-        seeds: which.
-        jobs: runs at a time, each on one thread.
+        seeds: seeds of the runs.
+        jobs: number of runs at the same time; each uses one thread.
     """
     table = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=KEYS)
-    there = set(table[KEYS].itertuples(index=False, name=None))
+    finished = set(table[KEYS].itertuples(index=False, name=None))
     missing = [(rate, *run, seed) for rate in rates for seed in seeds for run in RUNS]
-    missing = [run for run in missing if run not in there]
+    missing = [run for run in missing if run not in finished]
     if not missing:
-        print(f"all of these runs are in {RESULTS}; to make them again, move it away")
+        print(f"{RESULTS} has all of these runs; move it away to repeat them")
     context = multiprocessing.get_context("spawn")
     with Bars(["runs"], len(missing)) as bars, ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for done, future in enumerate(as_completed([pool.submit(one, *run) for run in missing]), start=1):
+        for done, future in enumerate(as_completed([pool.submit(run_one, *run) for run in missing]), start=1):
             table = pd.concat([table, future.result()]) if len(table) else future.result()
             table = table.sort_values([*KEYS, "rollout"])
             table.to_csv(RESULTS, index=False, float_format="%.4g")

@@ -1,12 +1,12 @@
-"""A long run: does it grow, or slow down?
+"""Does a long run need more and more memory, or more and more time per step?
 
     python benchmarks/long_run.py              # 2,000 steps, half an hour; writes benchmarks/results/long_run.csv
-    python benchmarks/long_run.py --steps 50   # to try it; nothing is written
+    python benchmarks/long_run.py --steps 50   # a trial; writes nothing
 
-The embedded model with the settings of `minicpgd train`, 256 responses and 4 updates a step, with its evaluations and
-checkpoints. After every step: the memory that the process holds, and the processor's seconds that the step took, which
-a busy machine changes less than the clock's. Slopes are those of a straight line through all steps after the first
-tenth, in which caches fill.
+The script trains the embedded model with the settings of `minicpgd train`: 256 responses and 4 updates a step, with
+evaluations and checkpoints. After every step it records the resident memory of the process and the CPU seconds of the
+step. CPU seconds depend less on other processes than the clock's seconds do. A slope is that of a straight line through
+all steps after the first tenth, because caches fill during the first tenth.
 """
 
 import resource
@@ -21,10 +21,10 @@ import tyro
 from matplotlib.figure import Figure
 
 from minicpgd import TrainConfig
+from minicpgd.cli.progress import Bars, console
+from minicpgd.models.policy import quiet
 from minicpgd.plots.style import COLOURS, styled
-from minicpgd.policy import quiet
-from minicpgd.progress import Bars, console
-from minicpgd.trainer import Listener, train
+from minicpgd.training.loop import Callbacks, train
 
 RESULTS = Path(__file__).parent / "results" / "long_run.csv"
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "reliability" / "long_run.png"
@@ -32,21 +32,25 @@ STEPS = 2000
 
 
 def main(steps: int = STEPS) -> None:
-    """Train, and look at the process after every step."""
+    """Train, and measure the process after every step.
+
+    Args:
+        steps: number of steps; the script writes the table only for the default number.
+    """
     quiet()
     torch.set_num_threads(1)
-    rows, began = [], time.process_time()
+    rows, started = [], time.process_time()
     with tempfile.TemporaryDirectory() as folder, Bars(["long run"], steps) as bars:
 
-        def look(step: int, metrics: dict[str, float], _: object) -> None:
-            nonlocal began
-            now = time.process_time()
-            rows.append((step, held_mib(), now - began, metrics["completion_length"], metrics["reward"]))
+        def measure(step: int, metrics: dict[str, float], _: object) -> None:
+            nonlocal started
+            seconds = time.process_time() - started
+            rows.append((step, resident_mib(), seconds, metrics["completion_length"], metrics["reward"]))
             bars.update(0, step, f"{rows[-1][1]:.1f} MiB")
-            began = time.process_time()
+            started = time.process_time()
 
         config = TrainConfig(max_steps=steps, output_dir=str(Path(folder) / "run"))
-        train(config, listener=Listener(step=look))
+        train(config, callbacks=Callbacks(on_step=measure))
     table = pd.DataFrame(rows, columns=["step", "held_mib", "cpu_seconds", "tokens_per_response", "reward"])
     console.print(summary(table).to_string(index=False))
     if steps == STEPS:
@@ -55,28 +59,28 @@ def main(steps: int = STEPS) -> None:
         console.print(f"table   {RESULTS}\nfigure  {FIGURE}")
 
 
-def held_mib() -> float:
-    """Resident memory of this process."""
+def resident_mib() -> float:
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def slope(table: pd.DataFrame, column: str) -> float:
-    """Per 1,000 steps, after the first tenth, of steps that evaluate nothing."""
+    """Return a column's change per 1,000 steps, without the first tenth and without the steps that evaluate."""
     kept = table[(table.step > len(table) / 10) & (table.step % TrainConfig().eval_steps != 0)]
     return 1000 * float(np.polyfit(kept.step, kept[column], 1)[0])
 
 
 @styled
 def draw(table: pd.DataFrame) -> Figure:
-    """Memory, time and reward of every step; of the first two, the lines whose slopes the summary has."""
+    """Draw memory, time and reward of every step, with a straight line through memory and through time."""
     figure = Figure(figsize=(8.4, 6.0), layout="constrained")
     panels = figure.subplots(3, sharex=True)
     plain = table[table.step % TrainConfig().eval_steps != 0]
     kept = plain[plain.step > len(table) / 10]
-    drawn = (("held_mib", "memory", "MiB"), ("cpu_seconds", "one step", "CPU s"), ("reward", "mean reward", ""))
-    for which, (axes, (column, name, unit)) in enumerate(zip(panels, drawn, strict=True)):
-        axes.plot(plain.step, plain[column], ".", color=COLOURS[which], markersize=2.5, alpha=0.5)
+    columns = (("held_mib", "memory", "MiB"), ("cpu_seconds", "one step", "CPU s"), ("reward", "mean reward", ""))
+    for axes, colour, (column, name, unit) in zip(panels, COLOURS, columns, strict=False):
+        axes.plot(plain.step, plain[column], ".", color=colour, markersize=2.5, alpha=0.5)
         if unit:
             line = np.polyval(np.polyfit(kept.step, kept[column], 1), kept.step)
             axes.plot(kept.step, line, color="black", linewidth=1.6)
@@ -87,7 +91,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """The first and the last hundred steps after the first tenth, and the slope between."""
+    """Compare the first and the last hundred steps after the first tenth, and give the slopes."""
     kept = table[table.step > len(table) / 10]
     units = {"held_mib": "memory, MiB", "cpu_seconds": "a step, s", "tokens_per_response": "response, tokens"}
     rows = [
@@ -103,4 +107,4 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

@@ -1,33 +1,38 @@
-"""Is the memory a step needs what `minicpgd/memory.py` predicts? Random models, real rollouts, real updates.
+"""Does a training step need as much memory as `minicpgd/memory/predict.py` predicts?
 
-    python benchmarks/memory.py        # a few minutes, 4 GB; prints a table, writes benchmarks/results/memory.csv
+    python benchmarks/memory.py              # a few minutes, 4 GB; writes benchmarks/results/memory.csv
+    python benchmarks/memory.py adapter      # one case; writes nothing
 
-Each row is a model of some architecture and size, with the settings that make another component the largest. Measured
-is what the allocator hands out: on a CPU as the profiler reports it, on a GPU as torch.cuda.max_memory_allocated. The
-first update makes the optimizer's moments; the second is measured. A GPU's measurement does not see the moments of
-the paged optimizer, which lie in memory that CUDA moves to and fro; the prediction has them.
+Each case runs a rollout and two updates of a random model. The cases differ in architecture, size and settings, so that
+each makes another component the largest. The script measures what the allocator hands out: on a CPU as the profiler
+reports it, on a GPU as torch.cuda.max_memory_allocated. The first update creates the optimizer's moments; the script
+measures the second update.
+
+On a GPU, the measurement omits the moments of the paged optimizer, because CUDA keeps them in memory that it moves
+between the GPU and the CPU. The prediction includes them.
 """
 
 import csv
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler tells of each start and stop
+os.environ["KINETO_LOG_LEVEL"] = "99"  # Otherwise the profiler reports each start and stop.
 
 import torch
+import tyro
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minicpgd.config import TrainConfig
-from minicpgd.learner import Learner
-from minicpgd.memory import ROLLOUT, UPDATE, Memory, predict
-from minicpgd.policy import Policy, load_policy, quiet
-from minicpgd.rollout import Rollout, generate
+from minicpgd.memory.predict import ROLLOUT, UPDATE, Memory, predict
+from minicpgd.models.policy import Policy, load_policy, quiet
+from minicpgd.models.sampling import Rollout, generate
+from minicpgd.training.metrics import Experience
+from minicpgd.training.step import Learner
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
@@ -67,74 +72,76 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "8-bit moments": ("qwen3", 20, {"chunk_size": 32, "optim": "paged_adamw_8bit"}),
 }  # fmt: skip
 MIB = 2**20
-SCRATCH = {
-    ("adapter in bfloat16", "rollout"): "a CPU's kernels take scratch memory of their own, which no prediction has",
-    ("8-bit moments", "update"): "a CPU's kernels take scratch memory of their own, which no prediction has",
-}
+NOTE = "the kernels of a CPU need scratch memory, which the prediction omits"
+NOTES = {("adapter in bfloat16", "rollout"): NOTE, ("8-bit moments", "update"): NOTE}
 
 
-def random_model(name: str, folder: Path) -> str:
-    """Save a model of random weights with the embedded model's tokenizer; its folder."""
+def save_random_model(name: str, folder: Path) -> None:
+    """Save a model of random weights with the embedded model's tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(SHAPE | MODELS[name])))
     Policy(model, load_policy("embedded").tokenizer).save(folder / name)
-    return str(folder / name)
 
 
 def measure(config: TrainConfig, prompt_length: int) -> tuple[dict[str, int], int, int]:
-    """Bytes of what is always there, by component, and the peaks of a rollout and of an update."""
+    """Return the bytes of each permanent component, and the peaks of a rollout and of an update."""
     learner = Learner.from_config(config)
     rollouts: list[Rollout] = []
-    rolled = peak(lambda: rollouts.append(roll(learner, prompt_length)))
-    rollout = rollouts[0]
-    advantages = torch.linspace(-1, 1, config.num_responses, device=learner.policy.device)
+    rollout_peak = peak(lambda: rollouts.append(sample(learner, prompt_length)))
+    rollout, shape = rollouts[0], (config.num_prompts, config.num_generations)
+    advantages = torch.linspace(-1, 1, config.num_responses, device=learner.policy.device).view(shape)
+    experience = Experience(
+        problems=[],
+        rollout=rollout,
+        rewards=advantages,
+        advantages=advantages,
+        drift_coef=learner.drift_coef,
+        ref_logp=rollout.logp if config.beta else None,
+    )
     rows = torch.arange(config.num_responses, device=learner.policy.device)
-    rows = rows[:: config.num_minibatches]  # of all prompts, so that some are padded
-    reference = rollout.logp if config.beta else None
-    learner.update(rollout, advantages, reference, rows)
-    always = what_stays(learner)
-    update = peak(lambda: learner.update(rollout, advantages, reference, rows))
-    there = sum(always.values())
-    return always, there + rolled, there + update
+    rows = rows[:: config.num_minibatches]  # The rows come from all prompts, so that some rows have padding.
+    learner.update(experience, rows)
+    components = permanent_bytes(learner)
+    update_peak = peak(lambda: learner.update(experience, rows))
+    total = sum(components.values())
+    return components, total + rollout_peak, total + update_peak
 
 
-def roll(learner: Learner, prompt_length: int) -> Rollout:
-    """As many tokens as allowed, from prompts of this length."""
+def sample(learner: Learner, prompt_length: int) -> Rollout:
+    """Sample responses to prompts of this length. A random model rarely ends a response early."""
     config, policy = learner.config, learner.policy
-    policy.decode = lambda ids, lengths: [""] * len(ids)  # type: ignore[method-assign]  # its tokenizer knows 18 words
     generator = torch.Generator(policy.device).manual_seed(0)
-    prompts = ["1" * prompt_length] * (config.num_prompts - 1) + ["1" * (prompt_length - 1)]  # so that there is padding
-    return generate(policy, prompts, config.num_generations,
-                    max_completion_length=config.max_completion_length, generator=generator)  # fmt: skip
+    prompts = ["1" * prompt_length] * (config.num_prompts - 1) + ["1" * (prompt_length - 1)]  # The last has padding.
+    return generate(policy, prompts, config.num_generations, config, generator=generator)
 
 
-def what_stays(learner: Learner) -> dict[str, int]:
-    """Weights, reference, adapter and moments: bytes of the tensors, each storage once."""
+def permanent_bytes(learner: Learner) -> dict[str, int]:
+    """Return the bytes of weights, reference, adapter and moments, and count each storage once."""
     model, adapter = learner.policy.model, learner.policy.peft is not None
     frozen = [p for p in model.parameters() if not (adapter and p.requires_grad)]
     scales = [t for p in frozen if hasattr(p, "quant_state") for t in tensors_of(p.quant_state)]
-    copied = list(learner.policy.copied.parameters()) if learner.policy.copied else []
+    copy = learner.policy.frozen_copy
     return {
         "weights": distinct(frozen + scales),
-        "reference": distinct(copied),
+        "reference": distinct(list(copy.parameters()) if copy else []),
         "adapter": distinct([p for p in model.parameters() if adapter and p.requires_grad]),
         "optimizer": distinct([t for s in learner.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]),
     }
 
 
 def tensors_of(state: Any) -> list[torch.Tensor]:
-    """Those of bitsandbytes' QuantState, and of the state of its own scales."""
+    """Return the tensors of a QuantState of bitsandbytes, and those of the state of its scales."""
     own = [value for value in vars(state).values() if torch.is_tensor(value)]
     return own + (tensors_of(state.state2) if state.state2 is not None else [])
 
 
 def distinct(tensors: list[torch.Tensor]) -> int:
-    """Bytes, each storage counted once."""
+    """Return the bytes of all storages, and count each once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def peak(work: Callable[[], Any]) -> int:
-    """Bytes that were allocated at most while it worked, beyond those at the start."""
+    """Return the largest number of bytes allocated during the work, minus those at its start."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -152,44 +159,46 @@ def peak(work: Callable[[], Any]) -> int:
 
 
 def compare(name: str, folder: Path, **changes: Any) -> tuple[Memory, dict[str, tuple[int, int]]]:
-    """The prediction, and by part, bytes predicted and bytes measured."""
+    """Return the prediction, and for each part the predicted and the measured bytes."""
     model, prompt_length, settings = CASES[name]
-    path = folder / model if (folder / model).exists() else random_model(model, folder)
-    config = replace(SETTINGS, model=str(path), **(settings | changes))
+    if not (folder / model).exists():
+        save_random_model(model, folder)
+    config = replace(SETTINGS, model=str(folder / model), **(settings | changes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    said = predict(config, AutoConfig.from_pretrained(path), prompt_length=prompt_length, device=device)
-    always, rollout, update = measure(config, prompt_length)
-    pairs = {part: (said.moments["draw"][part], size) for part, size in always.items()}
-    return said, pairs | {"rollout": (said.rollout, rollout), "update": (said.update, update)}
+    prediction = predict(config, AutoConfig.from_pretrained(config.model), prompt_length=prompt_length, device=device)
+    components, rollout, update = measure(config, prompt_length)
+    pairs = {part: (prediction.moments["draw"][part], size) for part, size in components.items()}
+    return prediction, pairs | {"rollout": (prediction.rollout, rollout), "update": (prediction.update, update)}
 
 
-def main() -> None:
-    """The table."""
+def main(cases: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
+    """Compare predictions with measurements.
+
+    Args:
+        cases: names of cases, as in the table; without them the script runs all cases and writes the table.
+    """
     quiet()
     rows: list[tuple] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in sys.argv[1:] or CASES:
-            predicted, pairs = compare(name, Path(folder))
+        for name in cases or CASES:
+            prediction, pairs = compare(name, Path(folder))
             line = f"{name:<28}"
-            for part, (said, was) in pairs.items():
-                if said or was:
-                    note = SCRATCH.get((name, part), "") if not torch.cuda.is_available() else ""
-                    worst = max(
-                        {"rollout": ROLLOUT, "update": UPDATE}.get(part, ("",)), key=lambda m: m and predicted.total(m)
-                    )
-                    rows.append((name, part, worst, said, was, f"{said / was - 1:.4f}", note))
-                    line += (
-                        f" {part} {said / MIB:.1f} {was / MIB:.1f} {said / was - 1:+.1%}{'*' if note else ''} {worst} "
-                    )
+            for part, (predicted, measured) in pairs.items():
+                if predicted or measured:
+                    moments = {"rollout": ROLLOUT, "update": UPDATE}.get(part)
+                    worst = max(moments, key=prediction.total) if moments else ""
+                    note = NOTES.get((name, part), "") if not torch.cuda.is_available() else ""
+                    error = predicted / measured - 1
+                    rows.append((name, part, worst, predicted, measured, f"{error:.4f}", note))
+                    line += f" {part} {predicted / MIB:.1f} {measured / MIB:.1f} {error:+.1%}{note and '*'} {worst} "
             print(line, flush=True)
     for note in {row[-1] for row in rows if row[-1]}:
         print("*", note)
-    if not sys.argv[1:]:
-        RESULTS.parent.mkdir(exist_ok=True)
+    if not cases:
         header = ("case", "part", "worst_moment", "predicted_bytes", "measured_bytes", "error", "note")
         with RESULTS.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -1,27 +1,28 @@
-"""Would the tests notice? Break the core in every small way there is, one at a time, and run its tests.
+"""Do the tests notice a small error in the core? The script makes every small change to a file and runs its tests.
 
-    make mutants                                          # all of it, an hour on one core
-    python benchmarks/mutants.py --files rollout          # one file, and its line of benchmarks/results/mutants.csv
-    python benchmarks/mutants.py --files algorithms --function clip_bounds
+    make mutants                                            # all files, about an hour on one core
+    python benchmarks/mutants.py --files models/sampling    # one file, and its row of benchmarks/results/mutants.csv
+    python benchmarks/mutants.py --files algorithms/loss --function clip_bounds
 
-In: the files of `TESTS`, the tests named there for each, and tests/equivalent_mutants.toml, which explains the mutants
-that no test can see. Out: each survivor as a pair of lines, a table, benchmarks/results/mutants.csv (file, mutants,
-killed, equivalent, survived), and exit code 1 where a survivor is not explained. A mutant is killed when a test fails,
-when the package cannot be imported, or when the tests do not end. It is equivalent when it survives and is explained.
+A mutant is a copy of a file with one change. The script makes the mutants of each file of `TESTS`, one at a time, and
+runs the tests that `TESTS` names for the file. A mutant is killed if a test fails, if the package cannot be imported,
+or if the tests do not end. It is equivalent if it survives and tests/equivalent_mutants.toml explains why no test can
+notice it. The script prints every other survivor as a pair of lines, and its exit code is then 1. It writes
+benchmarks/results/mutants.csv (file, mutants, killed, equivalent, survived).
 
-The mutants come from three makers:
+The changes come from two sets of operators:
 
-- mutmut: its operators, where its own runner would look, in undecorated functions;
-- elsewhere: the same operators where that runner does not look: decorated functions, fields of classes, constants,
-  tables;
-- ours: numbers halved (1 becomes 0), statements, method calls and decorators left out, and each field of each row of
-  the table of algorithms replaced by every other value of its column.
+- mutmut's operators, also where mutmut's own runner does not apply them: in decorated functions, fields of classes,
+  constants and tables;
+- our operators: halve a number (1 becomes 0), remove a statement, a method call or a function's decorators, and replace
+  each field of each row of the table of algorithms by every other value of its column.
 
-Annotations and docstrings are left alone, as mutmut does, and so are type aliases. Only the operators are mutmut's: its
-runner switches mutants on inside one import, which cannot work for what is decided during that import. Here each mutant
-is written into a copy of the repository in mutants/, and a process forked from one that has torch loaded imports it.
+No operator changes annotations, docstrings or type aliases. The runner is our own, because mutmut's runner selects a
+mutant after the import, and so cannot test code that runs during the import. Our runner writes each mutant into a copy
+of the repository in mutants/. A process forked from one that has loaded torch then imports the mutant.
 """
 
+import difflib
 import gc
 import importlib
 import multiprocessing
@@ -31,29 +32,38 @@ import shutil
 import sys
 import time
 import tomllib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import libcst as cst
+import libcst.matchers as m
 import pandas as pd
 import pytest
 import tyro
-from mutations import ROOT, Mutant, mutants_of
+from mutmut.mutation.mutators import mutation_operators
 
+ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "mutants"
-COLUMNS = ("file", "mutants", "killed", "equivalent", "survived")
-EXPLAINED = ROOT / "tests" / "equivalent_mutants.toml"
-TESTS = {  # the quick ones first: one that fails ends the turn
-    "divergence": "test_divergence.py",
-    "advantages": "test_advantages.py",
-    "surrogates": "test_gradients.py",
-    "algorithms": "test_readme_and_results.py::test_the_readme_has_every_row_of_the_table test_advantages.py "
-    "test_gradients.py",
-    "logprobs": "test_policy_and_rollout.py -k 'not chunks_keep'",  # in a process of its own
-    "rollout": "test_qlora.py::test_micro_batches_fit_and_change_no_gradient "
-    "test_qlora.py::test_responses_generated_in_parts test_policy_and_rollout.py test_experience.py -k 'not chunk'",
-    "checkpoint": "test_resume.py::test_a_checkpoint_gives_back_what_it_was_given "
+RESULTS = ROOT / "benchmarks" / "results" / "mutants.csv"
+EXPLANATIONS = ROOT / "tests" / "equivalent_mutants.toml"
+MODULES = {"functools", "hashlib", "json", "math", "nn", "os", "torch"}
+TABLE_TESTS = "test_readme_and_results.py::test_the_page_of_algorithms_has_every_row_of_the_table test_advantages.py"
+TESTS = {  # The quick tests come first, because the first failure ends the tests of a mutant.
+    "algorithms/divergence": "test_divergence.py",
+    "algorithms/advantages": "test_advantages.py",
+    "algorithms/surrogates": "test_gradients.py",
+    "algorithms/aggregation": "test_gradients.py",
+    "algorithms/loss": f"{TABLE_TESTS} test_gradients.py",
+    "algorithms/table": f"{TABLE_TESTS} test_gradients.py",
+    "models/logprobs": "test_policy_and_sampling.py -k 'not chunks_keep and not fresh_interpreter'",
+    "models/sampling": "test_qlora.py::test_micro_batches_fit_and_change_no_gradient "
+    "test_qlora.py::test_responses_generated_in_parts test_policy_and_sampling.py test_step.py "
+    "-k 'not chunk and not fresh_interpreter'",
+    "training/checkpoint": "test_resume.py::test_a_checkpoint_gives_back_what_it_was_given "
     "test_resume.py::test_a_checkpoint_whose_file_was_written_again_is_whole_only_if_it_says_the_same "
     "test_resume.py::test_a_file_is_on_the_disk_before_it_has_its_name test_any_damage.py test_resume.py "
     "-k 'given or written_again or on_the_disk or header or no_file or million or no_other or both_shapes "
@@ -61,26 +71,150 @@ TESTS = {  # the quick ones first: one that fails ends the turn
 }
 
 
-def _tests(arguments: str) -> int:
-    """In a process of its own: run some tests of the copy without a word; the exit code says how they ended."""
+@dataclass(frozen=True)
+class Mutant:
+    """One change: the function, the changed lines before and after, and the whole file with the change."""
+
+    file: str
+    function: str
+    was: str
+    becomes: str
+    code: str
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """The name of the mutant in the explanations. Line numbers would change with every edit."""
+        return self.file, self.function, self.was, self.becomes
+
+
+def halve(node: cst.BaseNumber) -> Iterator[cst.CSTNode]:
+    """Halve a number. mutmut adds 1, which hardly changes a test of 1e-8 or of `dim=0`."""
+    if value := node.evaluated_value:
+        yield node.with_changes(value=repr(value // 2 if isinstance(value, int) else value / 2))
+
+
+def remove_statement(node: cst.Expr) -> Iterator[cst.CSTNode]:
+    """Replace `model.eval()` by `pass`."""
+    if isinstance(node.value, cst.Call):
+        yield cst.Pass()
+
+
+def remove_method(node: cst.Call) -> Iterator[cst.CSTNode]:
+    """Replace `d.detach()` by `d`."""
+    if isinstance(node.func, cst.Attribute):
+        owner = node.func.value
+        if not (isinstance(owner, cst.Name) and owner.value in MODULES):
+            yield owner
+
+
+def remove_decorators(node: cst.FunctionDef) -> Iterator[cst.CSTNode]:
+    """Remove `@torch.no_grad()`."""
+    if node.decorators:
+        yield node.with_changes(decorators=[])
+
+
+OPERATORS = [
+    *mutation_operators,
+    (cst.BaseNumber, halve),
+    (cst.Expr, remove_statement),
+    (cst.Call, remove_method),
+    (cst.FunctionDef, remove_decorators),
+]
+UNCHANGED = m.OneOf(
+    m.Annotation(),
+    m.Assign(value=m.Subscript(value=m.Name("Callable"))),  # a type alias: `Level = Callable[[Tensor, Tensor], Tensor]`
+    m.Call(func=m.OneOf(m.Name("len"), m.Name("isinstance"))),
+)
+
+
+class ChangeFinder(cst.CSTVisitor):
+    """Collects the changes to a file as triples: a node, its replacement, and the function around it."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[cst.CSTNode, cst.CSTNode, str]] = []
+        self.scope: list[str] = []
+
+    def on_visit(self, node: cst.CSTNode) -> bool:  # noqa: D102
+        if m.matches(node, UNCHANGED):
+            return False
+        function = ".".join(self.scope)
+        if isinstance(node, cst.FunctionDef | cst.ClassDef):
+            self.scope.append(node.name.value)
+        for kind, operator in OPERATORS:
+            if isinstance(node, kind):
+                self.changes += [(node, new, function) for new in operator(node)]
+        return True
+
+    def on_leave(self, node: cst.CSTNode) -> None:  # noqa: D102
+        if isinstance(node, cst.FunctionDef | cst.ClassDef):
+            self.scope.pop()
+
+
+def change_rows(rows: Sequence[cst.Call]) -> Iterator[tuple[cst.Call, cst.Call]]:
+    """Replace each field of each row of the table by another row's field, except for names and descriptions."""
+    code = cst.Module([]).code_for_node
+    columns: dict[int | str, dict[str, cst.Arg]] = defaultdict(dict)
+    for row in rows:
+        for i, field in enumerate(row.args):
+            columns[field.keyword.value if field.keyword else i][code(field.value)] = field
+    for row in rows:
+        positions = {field.keyword.value if field.keyword else i: i for i, field in enumerate(row.args)}
+        for column, fields in columns.items():
+            for value, field in fields.items() if column not in (0, 1, 7) else ():  # name, label and description
+                if column not in positions:  # The row has the default value.
+                    last = row.args[-1].with_changes(comma=cst.Comma())
+                    yield row, row.with_changes(args=[*row.args[:-1], last, field])
+                elif value != code(row.args[positions[column]].value):
+                    args = list(row.args)
+                    args[positions[column]] = args[positions[column]].with_changes(value=field.value)
+                    yield row, row.with_changes(args=args)
+
+
+def changed_lines(source: str, code: str) -> tuple[str, str]:
+    """Return the changed lines before and after the change, each joined to one line."""
+    old, new = source.splitlines(), code.splitlines()
+    changes = [c for c in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if c[0] != "equal"]
+    first, last = changes[0], changes[-1]
+    was, becomes = old[first[1] : last[2]], new[first[3] : last[4]]
+    return tuple(" ".join(line.strip() for line in lines) for lines in (was, becomes))
+
+
+def mutants_of(file: str) -> list[Mutant]:
+    """Make all mutants of one file of the package, and omit duplicates."""
+    source = (ROOT / "minicpgd" / f"{file}.py").read_text()
+    module, finder = cst.parse_module(source), ChangeFinder()
+    module.visit(finder)
+    if file == "algorithms/table":
+        rows = m.findall(module, m.Call(func=m.Name("Algorithm")))
+        finder.changes += [(row, new, "") for row, new in change_rows(rows)]
+    mutants: dict[str, Mutant] = {}
+    for old, new, function in finder.changes:
+        code = module.deep_replace(old, new).code
+        if code not in mutants and code != source:
+            mutants[code] = Mutant(file, function, *changed_lines(source, code), code)
+    return list(mutants.values())
+
+
+def run_tests(arguments: str) -> None:
+    """Run some tests of the copy silently in this process, and exit with pytest's exit code."""
     with open(os.devnull, "w") as silence:
         os.dup2(silence.fileno(), 1)
         os.dup2(silence.fileno(), 2)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.chdir(COPY)
     sys.path.insert(0, str(COPY))
-    named = [f"tests/{word}" if word.startswith("test_") else word for word in shlex.split(arguments)]
-    # all that makes a failure readable goes; it would be half of the time
-    quick = ["-x", "--tb=no", "--assert=plain", "-p", "no:logging", "-p", "no:cacheprovider"]
-    code = pytest.main([*named, *quick, "--basetemp", str(COPY / "basetemp")])
+    words = [f"tests/{word}" if word.startswith("test_") else word for word in shlex.split(arguments)]
+    # Readable failures would take half of the time.
+    options = ["-x", "--tb=no", "--assert=plain", "-p", "no:logging", "-p", "no:cacheprovider"]
+    code = pytest.main([*words, *options, "--basetemp", str(COPY / "basetemp")])
     loaded = [name for name in sys.modules if name.split(".")[0] not in ("minicpgd", "conftest", "__main__")]
     (COPY / "loaded.txt").write_text("\n".join(name for name in loaded if not name.startswith("test_")))
     sys.exit(int(code))
 
 
-def fails(arguments: str, limit: float) -> tuple[bool, float]:
-    """Whether the tests fail, or do not end within the limit; and the seconds it took."""
-    process = multiprocessing.get_context("fork").Process(target=_tests, args=(arguments,))
+def tests_fail(arguments: str, limit: float) -> tuple[bool, float]:
+    """Return whether the tests fail or do not end within `limit` seconds, and the seconds that they took."""
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(arguments,))
     started = time.perf_counter()
     process.start()
     process.join(limit)
@@ -88,30 +222,30 @@ def fails(arguments: str, limit: float) -> tuple[bool, float]:
         process.kill()
         process.join()
     if process.exitcode == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise RuntimeError(f"no test is selected by {arguments}")
+        raise RuntimeError(f"{arguments} selects no test")
     return process.exitcode != 0, time.perf_counter() - started
 
 
 def survivors(mutants: Sequence[Mutant], tests: str) -> Iterator[Mutant]:
-    """Run the tests of one file on each of its mutants."""
+    """Run the tests of one file on each of its mutants, and yield those that survive."""
     path = COPY / "minicpgd" / f"{mutants[0].file}.py"
     source = path.read_text()
-    for _ in range(2):  # the first time all is imported; what is loaded then is loaded here, and never again
-        failed, seconds = fails(tests, 600)
+    for _ in range(2):  # After the first run this process loads the same libraries, so that no later run must.
+        failed, seconds = tests_fail(tests, 600)
         if failed:
-            raise SystemExit(f"without any change these fail: {tests}")
+            raise SystemExit(f"These tests fail without any change: {tests}")
         for name in (COPY / "loaded.txt").read_text().splitlines():
             with suppress(Exception):
                 importlib.import_module(name)
     path.write_text("raise ImportError")
-    if not fails(tests, 600)[0]:
-        raise SystemExit(f"these do not look at {path}: {tests}")
-    gc.freeze()  # what was loaded is not searched for garbage at the end of every process
+    if not tests_fail(tests, 600)[0]:
+        raise SystemExit(f"These tests do not import {path}: {tests}")
+    gc.freeze()  # The garbage collector of a forked process then skips the loaded libraries.
     try:
         for i, mutant in enumerate(mutants, 1):
             path.write_text(mutant.code)
-            os.utime(path, (i, i))  # two mutants of one second and one length would share their bytecode
-            if not fails(tests, 30 + 3 * seconds)[0]:
+            os.utime(path, (i, i))  # Python would reuse the bytecode of a file with the same time and length.
+            if not tests_fail(tests, 30 + 3 * seconds)[0]:
                 yield mutant
             print(f"\r{mutant.file}: {i} of {len(mutants)}", end="", file=sys.stderr, flush=True)
     finally:
@@ -119,26 +253,32 @@ def survivors(mutants: Sequence[Mutant], tests: str) -> Iterator[Mutant]:
         print(file=sys.stderr)
 
 
-def explanations() -> dict[tuple[str, str, str, str], str]:
-    """From (file, function, the lines as they were, as they became) to why no test can tell the two apart."""
-    listed = tomllib.loads(EXPLAINED.read_text()).get("mutant", [])
-    return {
-        (entry["file"], entry["function"], entry["was"], becomes): f"{entry['kind']}: {entry['why']}"
-        for entry in listed
-        for becomes in entry["becomes"]
-    }
+def load_explained() -> set[tuple[str, str, str, str]]:
+    """Return the keys of the mutants that the list explains."""
+    entries = tomllib.loads(EXPLANATIONS.read_text()).get("mutant", [])
+    return {(e["file"], e["function"], e["was"], becomes) for e in entries for becomes in e["becomes"]}
+
+
+def save(table: pd.DataFrame) -> None:
+    """Replace the rows of these files in the committed table."""
+    before = pd.read_csv(RESULTS) if RESULTS.exists() else table
+    rows = pd.concat([before[~before["file"].isin(table["file"])], table]).set_index("file")
+    rows.reindex([f"{file}.py" for file in TESTS]).dropna().astype(int).to_csv(RESULTS)
 
 
 def main(files: tuple[Literal[*TESTS], ...] = tuple(TESTS), function: str = "") -> int:
-    """Break, test, explain, and count. With `function`, only what its name contains."""
+    """Make the mutants, test them, and count.
+
+    Args:
+        files: the files to change.
+        function: change only the functions whose names contain this, and do not write the table.
+    """
     shutil.rmtree(COPY, ignore_errors=True)
-    unwanted = shutil.ignore_patterns(".*", "mutants", "runs", "build", "_site", "__pycache__", "*.egg-info")
-    shutil.copytree(ROOT, COPY, ignore=unwanted)
-    explained, used = explanations(), set()
-    rows, makers = [], Counter()
+    ignored = shutil.ignore_patterns(".*", "mutants", "runs", "build", "_site", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, COPY, ignore=ignored)
+    explained, used, rows = load_explained(), set(), []
     for file in files:
         mutants = [mutant for mutant in mutants_of(file) if function in mutant.function]
-        makers.update((file, mutant.maker) for mutant in mutants)
         equivalent = survived = 0
         for mutant in survivors(mutants, TESTS[file]):
             if mutant.key in explained:
@@ -146,31 +286,16 @@ def main(files: tuple[Literal[*TESTS], ...] = tuple(TESTS), function: str = "") 
                 used.add(mutant.key)
             else:
                 survived += 1
-                print(f"\n{file}.{mutant.function} survives ({mutant.maker})", flush=True)
-                print(f"  - {mutant.was}\n  + {mutant.becomes}", flush=True)
-        counts = [len(mutants), len(mutants) - equivalent - survived, equivalent, survived]
-        rows.append(dict(zip(COLUMNS, [f"{file}.py", *counts], strict=True)))
+                print(f"\n{file}.{mutant.function} survives\n  - {mutant.was}\n  + {mutant.becomes}", flush=True)
+        rows.append((f"{file}.py", len(mutants), len(mutants) - equivalent - survived, equivalent, survived))
+        table = pd.DataFrame(rows, columns=["file", "mutants", "killed", "equivalent", "survived"])
         if not function:
-            _save(pd.DataFrame(rows))  # now, so that whoever stops it keeps the files that are done
-    if not function:
-        for key in explained.keys() - used:
-            if key[0] in files:
-                print("stale, no such mutant survives: {}.{}\n  - {}\n  + {}".format(*key))
-    table = pd.DataFrame(rows)
-    for maker in ("mutmut", "elsewhere", "ours"):
-        table[f"of {maker}"] = [makers[file, maker] for file in files]
-    table.loc[len(table)] = ["in all", *table.iloc[:, 1:].sum()]
+            save(table)  # The table keeps the finished files if the user stops the script.
+            for _, *key in (key for key in explained - used if key[0] == file):
+                print("no such mutant survives, so its explanation is stale: {}\n  - {}\n  + {}".format(*key))
+    table.loc[len(table)] = ["all", *table.iloc[:, 1:].sum()]
     print(table.to_string(index=False))
     return int(table["survived"].iloc[-1] > 0)
-
-
-def _save(table: pd.DataFrame) -> None:
-    """Replace the rows of these files."""
-    path = ROOT / "benchmarks" / "results" / "mutants.csv"
-    before = pd.read_csv(path) if path.exists() else table
-    kept = before[~before["file"].isin(table["file"])]
-    order = [f"{file}.py" for file in TESTS]
-    pd.concat([kept, table]).set_index("file").reindex(order).dropna().astype(int).to_csv(path)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
-"""Memory and speed of QLoRA training on one GPU, at the true size of Qwen2.5, with random weights.
+"""How much memory and time does QLoRA training of Qwen2.5 need on one GPU?
 
-    python benchmarks/qlora.py                         # 0.5b, 1.5b, 3b, 7b in turn; writes benchmarks/results/qlora.csv
-    python benchmarks/qlora.py --sizes 0.5b --trl      # TRL's GRPOTrainer beside it (the extra trl)
-    python benchmarks/qlora.py --sizes tiny --length 16    # a dry run, on a CPU: says nothing about a card
+    python benchmarks/qlora.py                         # all four sizes; writes benchmarks/results/qlora.csv
+    python benchmarks/qlora.py --sizes 0.5b --trl      # also measures TRL's GRPOTrainer (needs the extra trl)
+    python benchmarks/qlora.py --sizes tiny --length 16    # a dry run on a CPU; its numbers mean nothing
 
-4-bit, LoRA of rank 16 on all linear layers, gradient checkpointing, 8 prompts of 150 tokens x 8 responses x 512 new
-tokens, 2 updates on each rollout. Random weights end no response early: every one is as long as it may be, which is the
-worst case. What memory and speed depend on is the shape of a model, not its values; nothing here says how it learns.
+The models have the true shapes of Qwen2.5 and random weights. Memory and speed depend on the shape of a model and not
+on its values. The script cannot say how well a model learns. The settings are those of the recipes: 4-bit weights,
+LoRA of rank 16 on all linear layers, gradient checkpointing, 8 prompts of 150 tokens x 8 responses of 512 tokens, and
+two updates on each rollout. A random model rarely ends a response early, so most responses have the maximal length.
 
-Each size runs in a process of its own. Reported: peak memory of the GPU's tensors, and beside it what `minicpgd memory`
-predicts; generated tokens per second; seconds of one update. The first step warms up, the median of the others counts.
+Each size runs in a process of its own. The script reports the peak memory of the GPU's tensors, the peak that `minicpgd
+memory` predicts, the generated tokens per second, and the seconds per update. The first step warms up; the numbers are
+medians over the other steps.
 """
 
 import gc
+import itertools
 import json
 import multiprocessing
 import statistics
 import tempfile
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from minicpgd import TrainConfig
-from minicpgd.architectures import model_config
-from minicpgd.learner import Learner
-from minicpgd.memory import predict
-from minicpgd.policy import Policy, quiet
-from minicpgd.progress import Bars
+from minicpgd.cli.progress import Bars
+from minicpgd.memory.architectures import model_config
+from minicpgd.memory.predict import predict
+from minicpgd.models.policy import Policy, quiet
 from minicpgd.recipes import load_recipe
+from minicpgd.training.step import Learner
 
 RECIPES = {"0.5b": "qwen2.5-0.5b-8gb", "1.5b": "qwen2.5-1.5b-12gb", "3b": "qwen2.5-3b-16gb", "7b": "qwen2.5-7b-24gb"}
 PROMPT, STEPS = 150, 3
@@ -45,13 +49,13 @@ TINY = {
 }  # fmt: skip
 
 
-def varied(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """A reward that random text gets now and then."""
+def odd_length(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Reward the completions of odd length. About half of all random texts get this reward."""
     return [float(len(completion) % 2) for completion in completions]
 
 
 def save_random(architecture: PretrainedConfig, folder: Path, dtype: torch.dtype, prompt: int) -> None:
-    """A model of random weights, a tokenizer with a word for each of its ids, and problems of `prompt` tokens."""
+    """Save a model of random weights, a tokenizer with a word for each id, and problems of `prompt` tokens."""
     architecture.eos_token_id, architecture.pad_token_id, architecture.bos_token_id = 1, 0, None
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -65,8 +69,8 @@ def save_random(architecture: PretrainedConfig, folder: Path, dtype: torch.dtype
     (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
 
 
-def make(size: str, folder: Path) -> TrainConfig:
-    """Random weights of a model's true shape in a folder, with problems; the settings of its recipe."""
+def make_config(size: str, folder: Path) -> TrainConfig:
+    """Save a random model of this size and problems, and return the settings of its recipe."""
     config = load_recipe(RECIPES.get(size, RECIPES["0.5b"])).config
     if size == "tiny":
         shape = dict(TINY)
@@ -77,72 +81,70 @@ def make(size: str, folder: Path) -> TrainConfig:
     return replace(config, model=str(folder / "model"), task="jsonl", data=str(folder / "problems.jsonl"), reward=None)
 
 
-def measure(config: TrainConfig, send: Any) -> None:
-    """Some steps of ours."""
+def measure_ours(config: TrainConfig, connection: Connection) -> None:
+    """Run some steps of our loop, and send the number of each step and then the measurements."""
     quiet()
-    learner = Learner.from_config(config)
-    learner = replace(learner, reward=varied)
+    learner = replace(Learner.from_config(config), reward=odd_length)
     timings = []
     for step in range(1, STEPS + 1):
-        made = learner.step(step)
-        timings.append(made.timings | {"tokens": made.metrics["completion_length"] * config.num_responses})
-        send.send(step)
-    rest = timings[1:]
-    send.send(
+        log = learner.step(step)
+        timings.append(log.timings | {"tokens": log.metrics["completion_length"] * config.num_responses})
+        connection.send(step)
+    timings = timings[1:]
+    connection.send(
         {
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan"),
-            "tokens_per_second": statistics.median(t["tokens"] / t["rollout_seconds"] for t in rest),
-            "seconds_per_update": statistics.median(t["update_seconds"] for t in rest) / config.updates_per_rollout,
+            "tokens_per_second": statistics.median(t["tokens"] / t["rollout_seconds"] for t in timings),
+            "seconds_per_update": statistics.median(t["update_seconds"] for t in timings) / config.updates_per_rollout,
         }
     )
 
 
-def measure_trl(config: TrainConfig, send: Any) -> None:
-    """As many steps of TRL's GRPOTrainer with the same model, prompts, lengths and updates per rollout."""
+def measure_trl(config: TrainConfig, connection: Connection) -> None:
+    """Do the same with TRL's GRPOTrainer, with the same model, prompts, lengths and updates per rollout."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from minicpgd.qlora import nf4
+    from minicpgd.models.lora import nf4
 
     quiet()
-    on_card = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_card else torch.float32
-    rows = config.num_responses // config.num_minibatches
-    ends, spent = [], []
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    ends, generation_seconds = [], []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
-            send.send(len(ends) // config.num_minibatches)
+            connection.send(len(ends) // config.num_minibatches)
 
-    class Timed(GRPOTrainer):
+    class TimedTrainer(GRPOTrainer):
         def _generate(self, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            made = super()._generate(*args, **kwargs)
-            spent.append(time.perf_counter() - started)
-            return made
+            result = super()._generate(*args, **kwargs)
+            generation_seconds.append(time.perf_counter() - started)
+            return result
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Timed(
+        trainer = TimedTrainer(
             model=config.model,
-            reward_funcs=varied,
+            reward_funcs=odd_length,
             train_dataset=Dataset.from_json(config.data),
             peft_config=LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear"),
             callbacks=[Clock()],
             args=GRPOConfig(
                 output_dir=folder,
                 model_init_kwargs={"quantization_config": nf4(dtype), "dtype": dtype},
-                per_device_train_batch_size=rows,
+                per_device_train_batch_size=config.num_responses // config.num_minibatches,
                 steps_per_generation=config.num_minibatches,
                 num_generations=config.num_generations,
                 max_completion_length=config.max_completion_length,
                 gradient_checkpointing=config.gradient_checkpointing,
                 max_steps=STEPS * config.num_minibatches,
-                optim="paged_adamw_8bit" if on_card else "adamw_torch",
-                bf16=on_card,
-                use_cpu=not on_card,
+                optim="paged_adamw_8bit" if gpu else "adamw_torch",
+                bf16=gpu,
+                use_cpu=not gpu,
                 beta=0.0,
                 report_to=[],
                 disable_tqdm=True,
@@ -150,15 +152,15 @@ def measure_trl(config: TrainConfig, send: Any) -> None:
         )
         started = time.perf_counter()
         trainer.train()
-    steps = [b - a for a, b in zip([started, *ends], ends, strict=False)]
-    rollouts = [sum(steps[i : i + config.num_minibatches]) for i in range(0, len(steps), config.num_minibatches)]
+    ends = [started, *ends[config.num_minibatches - 1 :: config.num_minibatches]]
+    steps = [end - start for start, end in itertools.pairwise(ends)]
+    updates = [step - generation for step, generation in zip(steps, generation_seconds, strict=True)]
     tokens = config.num_responses * config.max_completion_length
-    updates = [whole - s for whole, s in zip(rollouts, spent, strict=True)][1:]
-    send.send(
+    connection.send(
         {
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_card else float("nan"),
-            "tokens_per_second": tokens / statistics.median(spent[1:]),
-            "seconds_per_update": statistics.median(updates) / config.num_minibatches,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else float("nan"),
+            "tokens_per_second": tokens / statistics.median(generation_seconds[1:]),
+            "seconds_per_update": statistics.median(updates[1:]) / config.num_minibatches,
         }
     )
 
@@ -167,32 +169,33 @@ def main(sizes: tuple[str, ...] = ("0.5b", "1.5b", "3b", "7b"), length: int = 51
     """Measure each size, and write the table.
 
     Args:
-        sizes: of 0.5b, 1.5b, 3b, 7b and tiny.
-        length: new tokens of each response.
-        trl: TRL's GRPOTrainer, too.
+        sizes: sizes of the models: 0.5b, 1.5b, 3b, 7b or tiny.
+        length: tokens of each response.
+        trl: also measure TRL's GRPOTrainer.
     """
     quiet()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     context, rows = multiprocessing.get_context("spawn"), []
+    loops = {"minicpgd": measure_ours} | ({"trl": measure_trl} if trl else {})
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
-            config = replace(make(size, Path(name)), max_completion_length=length)
+            config = replace(make_config(size, Path(name)), max_completion_length=length)
             gc.collect()
             torch.cuda.empty_cache()
             memory = predict(
                 config, model_config(config.model), prompt_length=PROMPT, device=device if device == "cpu" else "cuda"
             )
-            for who, work in ({"minicpgd": measure} | ({"trl": measure_trl} if trl else {})).items():
-                listen, send = context.Pipe(duplex=False)
-                process = context.Process(target=work, args=(config, send))
-                with Bars([f"{size} {who}"], STEPS) as bars:
+            for loop, measure in loops.items():
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=measure, args=(config, sender))
+                with Bars([f"{size} {loop}"], STEPS) as bars:
                     process.start()
-                    send.close()
-                    while isinstance(result := listen.recv(), int):
+                    sender.close()
+                    while isinstance(result := receiver.recv(), int):
                         bars.update(0, result, "")
                 process.join()
-                predicted = max(memory.rollout, memory.update) / 2**30 if who == "minicpgd" else float("nan")
-                rows.append({"size": size, "by": who, **result, "predicted_gib": predicted, "device": device})
+                predicted = max(memory.rollout, memory.update) / 2**30 if loop == "minicpgd" else float("nan")
+                rows.append({"size": size, "by": loop, **result, "predicted_gib": predicted, "device": device})
     table = pd.DataFrame(rows)
     if "tiny" not in sizes:
         table.to_csv(RESULTS, index=False, float_format="%.4g")

@@ -1,23 +1,29 @@
-"""Our training step beside TRL's: the same model, prompts, lengths and updates per rollout, in turn, on this machine.
+"""How much time and memory does our training step need, compared with TRL's?
 
     python benchmarks/vs_trl.py                          # embedded and 30m; writes benchmarks/results/vs_trl.csv
     python benchmarks/vs_trl.py --sizes 30m --rounds 1
 
-`embedded` is the model of this package on its own task, 16 prompts x 16 responses of at most 64 tokens, 4 updates on
-each rollout, on one thread, as `minicpgd train` runs it. `30m` is a Llama of 31 million random weights, 8 prompts of 32
-tokens x 8 responses, 4 updates, on all cores; random weights end no response early, so both loops work on 64 tokens of
-each. Both loops: full-precision training of all weights, AdamW, GRPO's loss, a log line per rollout, no checkpoints, on
-a GPU where there is one.
+`embedded` is the model of this package on its own task, as `minicpgd train` trains it: 16 prompts x 16 responses of at
+most 64 tokens, 4 updates on each rollout, one thread. `30m` is a Llama with 31 million random weights: 8 prompts of 32
+tokens x 8 responses, 4 updates, all cores. A random model rarely ends a response early, so both loops process 64 tokens
+of each response. Both loops train all weights in full precision with AdamW and GRPO's loss, write a log line per
+rollout, and save no checkpoints. They use a GPU if there is one.
 
-Each run is a process of its own, ours and TRL's in turn, `rounds` times. Seconds are those of a whole step (a rollout
-and its updates), their median without the first two steps of each process. `rollout` ends in responses with advantages;
-of it, `scoring` is apart: TRL asks the model for the log-probabilities of what it sampled (ours keeps what it knew when
-it sampled); `update` is the rest. Memory is the largest amount that the process ever held, and what of it was not there
-before training; both processes have imported TRL.
+Each run is a process of its own. The two loops take turns, `rounds` times. The numbers are medians over the steps of a
+process, without its first two:
+
+- `seconds`: the whole step, which is a rollout and its updates.
+- `scoring`: TRL computes the log-probabilities of the sampled tokens again. Our loop keeps them from sampling.
+- `rollout`: the time until each response has an advantage, without `scoring`.
+- `update`: the rest of the step.
+
+`peak_mib` is the peak memory of the process, and `grown_mib` is its growth since training began. Both processes import
+TRL before they train.
 """
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import random
@@ -27,28 +33,29 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 import tyro
-from qlora import save_random, varied
+from qlora import odd_length, save_random
 from transformers import AutoTokenizer, LlamaConfig
 
 from minicpgd import TrainConfig
-from minicpgd.policy import EMBEDDED, quiet
-from minicpgd.progress import Bars
-from minicpgd.tasks import task_of
-from minicpgd.trainer import Listener, train
+from minicpgd.cli.progress import Bars
+from minicpgd.models.policy import EMBEDDED, quiet
+from minicpgd.tasks.task import load_task
+from minicpgd.training.loop import Callbacks, train
 
 RESULTS = Path(__file__).parent / "results" / "vs_trl.csv"
 WARM_UP = 2
 STEPS = {"embedded": 22, "30m": 6}
 
 
-def settings(size: str, folder: Path) -> TrainConfig:
-    """What both loops are told; for `30m`, the model and its problems are put into the folder first."""
+def make_config(size: str, folder: Path) -> TrainConfig:
+    """Return the settings of both loops. For `30m`, save the model and its problems to the folder."""
     config = TrainConfig(algorithm="grpo", num_minibatches=4, max_steps=STEPS[size], max_completion_length=64)
     if size == "embedded":
         return config
@@ -67,21 +74,21 @@ def settings(size: str, folder: Path) -> TrainConfig:
         model=str(folder / "model"),
         task="jsonl",
         data=str(folder / "problems.jsonl"),
-        reward="qlora:varied",
+        reward="qlora:odd_length",
         num_prompts=8,
         num_generations=8,
     )
 
 
-def ours(config: TrainConfig, tell: Callable[[dict], None]) -> None:
-    """Our loop, as `minicpgd train` runs it."""
+def train_ours(config: TrainConfig, send: Callable[[dict], None]) -> None:
+    """Train with our loop, and send the measurements of each step."""
     config = replace(config, eval_steps=config.max_steps + 1, save_steps=config.max_steps + 1, eval_problems=1)
     ends: list[float] = []
 
-    def step(number: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
+    def on_step(step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         ends.append(time.perf_counter())
-        if number:
-            tell(
+        if step:
+            send(
                 {
                     "seconds": ends[-1] - ends[-2],
                     "rollout": timings["rollout_seconds"],
@@ -92,24 +99,24 @@ def ours(config: TrainConfig, tell: Callable[[dict], None]) -> None:
             )
 
     with tempfile.TemporaryDirectory() as folder:
-        train(replace(config, output_dir=str(Path(folder) / "run")), listener=Listener(step=step))
+        train(replace(config, output_dir=str(Path(folder) / "run")), callbacks=Callbacks(on_step=on_step))
 
 
-def trls(config: TrainConfig, tell: Callable[[dict], None]) -> None:
-    """TRL's GRPOTrainer."""
+def train_trl(config: TrainConfig, send: Callable[[dict], None]) -> None:
+    """Do the same with TRL's GRPOTrainer."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    task = task_of(config)
+    task = load_task(config)
     name = str(EMBEDDED) if config.model == "embedded" else config.model
     clock: dict[str, float] = {}
 
-    class Told(TrainerCallback):
+    class StepSender(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             now = time.perf_counter()
             if "reward" in (logs or {}):
-                tell(
+                send(
                     {
                         "seconds": now - clock["end"],
                         "rollout": clock["rollout"],
@@ -120,27 +127,27 @@ def trls(config: TrainConfig, tell: Callable[[dict], None]) -> None:
                 )
                 clock["end"] = now
 
-    class Timed(GRPOTrainer):
+    class TimedTrainer(GRPOTrainer):
         def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            made = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
             if not torch.is_grad_enabled():
                 clock["scoring"] += time.perf_counter() - started
-            return made
+            return result
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             clock["scoring"], started = 0.0, time.perf_counter()
-            made = super()._generate_and_score_completions(inputs)
+            result = super()._generate_and_score_completions(inputs)
             clock["rollout"] = time.perf_counter() - started - clock["scoring"]
-            return made
+            return result
 
-    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
-        trainer = Timed(
+    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as devnull:
+        trainer = TimedTrainer(
             model=name,
-            reward_funcs=varied if config.reward else task.reward,
+            reward_funcs=odd_length if config.reward else task.reward,
             train_dataset=Dataset.from_list(task.sample(config.num_prompts * config.max_steps, random.Random(0))),
             processing_class=AutoTokenizer.from_pretrained(name),
-            callbacks=[Told()],
+            callbacks=[StepSender()],
             args=GRPOConfig(
                 output_dir=folder,
                 loss_type="grpo",
@@ -161,67 +168,69 @@ def trls(config: TrainConfig, tell: Callable[[dict], None]) -> None:
             ),
         )
         clock["end"] = time.perf_counter()
-        with contextlib.redirect_stdout(nowhere):  # its log
+        with contextlib.redirect_stdout(devnull):  # TRL prints its log.
             trainer.train()
 
 
-def child(work: Callable, config: TrainConfig, threads: int, send: Any) -> None:
-    """One loop in this process; tells of every step, then of memory."""
+def run_child(train_loop: Callable, config: TrainConfig, threads: int, connection: Connection) -> None:
+    """Train with one loop in this process, and send the measurements of each step and then those of memory."""
     quiet()
-    import datasets  # noqa: F401  (and TRL, in both processes: what importing takes is no part of training)
+    # Both processes import TRL here, so that the numbers exclude the cost of the import.
+    import datasets  # noqa: F401
     import trl.trainer.grpo_trainer  # noqa: F401
 
     torch.set_num_threads(threads)
     gc.collect()
-    before = memory()
-    work(config, send.send)
-    send.send({"peak_mib": memory(), "grown_mib": memory() - before})
+    before = peak_mib()
+    train_loop(config, connection.send)
+    connection.send({"peak_mib": peak_mib(), "grown_mib": peak_mib() - before})
 
 
-def memory() -> float:
-    """The largest amount that this process has held so far, MiB: of a GPU's, where there is one."""
+def peak_mib() -> float:
+    """Return the peak memory of this process so far in MiB, or that of its GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+LOOPS = {"minicpgd": train_ours, "trl": train_trl}
+
+
 def compare(size: str, rounds: int) -> pd.DataFrame:
-    """Ours and TRL's in turn; a row per round and loop, seconds and tokens as medians over its steps."""
+    """Let the two loops take turns, and return a row per round and loop."""
     context, rows = multiprocessing.get_context("spawn"), []
     threads = 1 if size == "embedded" else torch.get_num_threads()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {threads}"
     with tempfile.TemporaryDirectory() as name, Bars([size], 2 * rounds * STEPS[size]) as bars:
-        config = settings(size, Path(name))
-        for number in range(rounds):
-            for by, work in (("minicpgd", ours), ("trl", trls)):
-                listen, send = context.Pipe(duplex=False)
-                process = context.Process(target=child, args=(work, config, threads, send))
-                process.start()
-                send.close()
-                steps: list[dict] = []
-                while "seconds" in (told := listen.recv()):
-                    steps.append(told)
-                    bars.update(
-                        0, (2 * number + (by == "trl")) * STEPS[size] + len(steps), f"{by}: {told['seconds']:.2f} s"
-                    )
-                process.join()
-                counted = steps[WARM_UP:]
-                row = {key: statistics.median(s[key] for s in counted) for key in ("seconds", "rollout", "scoring")}
-                row["update"] = statistics.median(s["seconds"] - s["rollout"] - s["scoring"] for s in counted)
-                row["tokens_per_second"] = statistics.median(s["tokens"] / s["seconds"] for s in counted)
-                row["reward_first"], row["reward_last"] = (
-                    statistics.mean(s["reward"] for s in part) for part in (steps[:5], steps[-5:])
-                )
-                rows.append({"size": size, "by": by, "device": device, "round": number, **row, **told})
+        config = make_config(size, Path(name))
+        for number, (loop, train_loop) in itertools.product(range(rounds), LOOPS.items()):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=run_child, args=(train_loop, config, threads, sender))
+            process.start()
+            sender.close()
+            steps: list[dict] = []
+            while "seconds" in (message := receiver.recv()):
+                steps.append(message)
+                done = len(rows) * STEPS[size] + len(steps)
+                bars.update(0, done, f"{loop}: {message['seconds']:.2f} s")
+            process.join()
+            measured = steps[WARM_UP:]
+            row = {key: statistics.median(s[key] for s in measured) for key in ("seconds", "rollout", "scoring")}
+            row["update"] = statistics.median(s["seconds"] - s["rollout"] - s["scoring"] for s in measured)
+            row["tokens_per_second"] = statistics.median(s["tokens"] / s["seconds"] for s in measured)
+            row["reward_first"], row["reward_last"] = (
+                statistics.mean(s["reward"] for s in part) for part in (steps[:5], steps[-5:])
+            )
+            rows.append({"size": size, "by": loop, "device": device, "round": number, **row, **message})
     return pd.DataFrame(rows)
 
 
 def main(sizes: tuple[Literal["embedded", "30m"], ...] = ("embedded", "30m"), rounds: int = 3) -> None:
-    """Measure, write the table, and say what of TRL's time and memory ours takes.
+    """Measure, write the table, and print our time and memory as shares of TRL's.
 
     Args:
-        sizes: of embedded and 30m.
-        rounds: processes of each loop, in turn.
+        sizes: the models; the script writes the table only if it measures both.
+        rounds: number of processes of each loop.
     """
     quiet()
     table = pd.concat([compare(size, rounds) for size in sizes])
@@ -230,8 +239,8 @@ def main(sizes: tuple[Literal["embedded", "30m"], ...] = ("embedded", "30m"), ro
     medians = table.drop(columns=["round", "device"]).groupby(["size", "by"]).median()
     print(medians.to_string(float_format="%.3g"))
     for size, pair in medians.groupby("size"):
-        mine, trl = pair.droplevel(0).loc["minicpgd"], pair.droplevel(0).loc["trl"]
-        time_share, memory_share = (mine[name] / trl[name] for name in ("seconds", "peak_mib"))
+        ours, trl = pair.droplevel(0).loc["minicpgd"], pair.droplevel(0).loc["trl"]
+        time_share, memory_share = (ours[name] / trl[name] for name in ("seconds", "peak_mib"))
         print(f"{size}: {time_share:.2f} of TRL's time, {memory_share:.2f} of its memory")
 
 

@@ -1,13 +1,15 @@
-r"""Puts the numbers into the pages of docs/: `python docs/results.py`. A test checks that they are the tables' own.
+r"""Fills the numbers of the tables into the pages of docs/: `python docs/results.py`. A test holds them current.
 
-In a page, a number stands between marks that say where it comes from, and so does a table:
+It also draws the figures of docs/metrics.md (`metric_figures.py`).
+
+In a page, a number or a table stands between marks that name its source:
 
     <!--map | CPGD | healthy share of the map-->58 % [50, 67]<!--/-->      a cell: study | row | column
-    <!--map-->...<!--/-->                                                  the whole summary of a study
-    <!--made-->...<!--/-->                                                 what each study took
+    <!--map-->...<!--/-->                                                  the summary of a study
+    <!--made-->...<!--/-->                                                 the command and time of each study
     <!--merging-->...<!--/-->, memory, generation, vs_trl, ...             a benchmark, from benchmarks/results/
-    <!--metrics | kl_old | healthy-->0.05<!--/-->                          what a metric was before a collapse
-    <!--metrics-->...<!--/-->                                              the same of all metrics
+    <!--metrics | kl_old | healthy-->0.05<!--/-->                          a metric, healthy or before a collapse
+    <!--metrics-->...<!--/-->                                              the same for all metrics
 """
 
 import json
@@ -19,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from metric_figures import UNITS, Traces, load_metric, metric_traces
 
-from minicpgd.demo import demo_configs
-from minicpgd.outcome import outcome
-from minicpgd.plots.metrics import UNITS, Traces, load_metric
-from minicpgd.runlog import load_run, load_timings
-from minicpgd.stats import collapsed, share
-from minicpgd.summary import SUMMARIES, percent
-from minicpgd.warning import fall_step
+from minicpgd.experiments.demo import demo_configs
+from minicpgd.experiments.early_warning import collapse_step
+from minicpgd.experiments.outcome import collapsed, outcome
+from minicpgd.experiments.statistics import wilson
+from minicpgd.experiments.tables import SUMMARIES, percent
+from minicpgd.training.run_folder import load_run, load_timings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("results", "qlora", "metrics", "peers", "reliability")]
@@ -41,12 +43,12 @@ MARKED = re.compile(r"<!--(?P<source>[^>]+?)-->(?P<value>.*?)<!--/-->", re.DOTAL
 
 @cache
 def summary(study: str) -> pd.DataFrame:
-    """A study's summary, or what all metrics did, by row."""
+    """A study's summary, or that of all metrics, by row."""
     return metrics() if study == "metrics" else SUMMARIES[study](ROOT / "results" / study)
 
 
 def value_of(source: str) -> str:
-    """What has to stand at a mark.
+    """The text that belongs at a mark.
 
     Raises:
         KeyError: no such study, row or column.
@@ -62,19 +64,21 @@ def value_of(source: str) -> str:
 
 
 def made() -> pd.DataFrame:
-    """What each study took."""
+    """The command, runs, minutes and versions of each study."""
     rows = []
     for study in SUMMARIES:
-        told = json.loads((ROOT / "results" / study / "made.json").read_text())
-        minutes = f"{told['core_minutes']:.0f}" if "core_minutes" in told else "none"
-        runs = told.get("runs", f"looks through {told.get('fitted_on', 0) + told.get('judged_on', 0)}")
-        rows.append({"command": f"`{told['command']}`", "runs": runs, "core-minutes": minutes})
-        rows[-1]["versions"] = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+        provenance = json.loads((ROOT / "results" / study / "made.json").read_text())
+        minutes = f"{provenance['core_minutes']:.0f}" if "core_minutes" in provenance else "none"
+        runs = provenance.get(
+            "runs", f"looks through {provenance.get('fitted_on', 0) + provenance.get('judged_on', 0)}"
+        )
+        rows.append({"command": f"`{provenance['command']}`", "runs": runs, "core-minutes": minutes})
+        rows[-1]["versions"] = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     return pd.DataFrame(rows)
 
 
 def merging() -> pd.DataFrame:
-    """What becomes of an adapter, by learning rate and where it was merged: means over the seeds."""
+    """The effect of merging an adapter, by learning rate and target: means over the seeds."""
     table = pd.read_csv(ROOT / "benchmarks" / "results" / "merging.csv")
     rows = table.groupby(["learning_rate", "merged into"], sort=False).mean().reset_index()
     return pd.DataFrame(
@@ -113,7 +117,7 @@ def generation() -> pd.DataFrame:
 
 
 def collapse_in_trl() -> pd.DataFrame:
-    """Where each run ended, in our loop and in TRL's: a column per seed; and how many collapsed by our own rule."""
+    """The final accuracy of each run, in our loop and in TRL's, a column per seed; and how many runs collapsed."""
     table = pd.read_csv(ROOT / "benchmarks" / "results" / "collapse_in_trl.csv")
     index = ["learning_rate", "algorithm", "loop"]
     start = load_run(_demo()[0][0]).metrics["reward"][0]  # the same model in every run
@@ -134,7 +138,7 @@ def collapse_in_trl() -> pd.DataFrame:
 
 
 def vs_trl() -> pd.DataFrame:
-    """Our step beside TRL's: medians over the rounds, and what share of TRL's ours takes."""
+    """The time and memory of our step and of TRL's: medians over the rounds, and their ratio."""
     table = pd.read_csv(ROOT / "benchmarks" / "results" / "vs_trl.csv")
     medians = table.groupby(["size", "device", "by"], sort=False).median(numeric_only=True)
     rows = []
@@ -145,31 +149,31 @@ def vs_trl() -> pd.DataFrame:
             ("TRL's", trls, "", ",.0f"),
             ("ours / TRL's", ours / trls, "**", ".2f"),
         ):
-            told = {"model": size, "loop": f"{bold}{loop}{bold}", "s per step": f"{bold}{row['seconds']:.2f}{bold}"}
-            told |= {name: f"{row[name]:.2f}" for name in ("rollout", "scoring", "update")}
-            told["tokens / s"] = f"{row['tokens_per_second']:{number}}"
-            told["peak, MiB"] = f"{bold}{row['peak_mib']:{number}}{bold}"
-            told["reward"] = "" if bold else f"{row['reward_first']:.2f} to {row['reward_last']:.2f}"
-            rows.append(told | {"on": "" if bold else device})
+            cells = {"model": size, "loop": f"{bold}{loop}{bold}", "s per step": f"{bold}{row['seconds']:.2f}{bold}"}
+            cells |= {name: f"{row[name]:.2f}" for name in ("rollout", "scoring", "update")}
+            cells["tokens / s"] = f"{row['tokens_per_second']:{number}}"
+            cells["peak, MiB"] = f"{bold}{row['peak_mib']:{number}}{bold}"
+            cells["reward"] = "" if bold else f"{row['reward_first']:.2f} to {row['reward_last']:.2f}"
+            rows.append(cells | {"on": "" if bold else device})
     return pd.DataFrame(rows)
 
 
 def faults() -> pd.DataFrame:
-    """How often each kind struck, and what came of it."""
+    """How often each kind of fault was injected, and its effect."""
     table = pd.read_csv(ROOT / "benchmarks" / "results" / "faults.csv")
     rows = []
     for fault, cases in [*table.groupby("fault"), ("**all**", table)]:
         counts = (len(cases), (cases["lost"] > 0).sum(), cases["wrong"].notna().sum(), cases["shown"].notna().sum())
         seconds = f"{cases['seconds'].median():.1f}; {cases['seconds'].max():.1f}"
-        names = ("struck", "lost steps", "resumed wrongly", "told badly")
+        names = ("struck", "lost steps", "resumed wrongly", "cells badly")
         idle = int((cases["code"] == 0).sum())
-        told = {"fault": fault, **dict(zip(names, counts, strict=True)), "without effect": idle}
-        rows.append(told | {"s until the process ended: median; longest": seconds})
+        cells = {"fault": fault, **dict(zip(names, counts, strict=True)), "without effect": idle}
+        rows.append(cells | {"s until the process ended: median; longest": seconds})
     return pd.DataFrame(rows)
 
 
 def long_run() -> pd.DataFrame:
-    """Of a long run, its first and its last steps."""
+    """The first and the last steps of a long run."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from long_run import RESULTS, summary
 
@@ -177,12 +181,12 @@ def long_run() -> pd.DataFrame:
 
 
 def mutants() -> pd.DataFrame:
-    """Of each file: how many faults were built in, and how many of them the tests saw."""
+    """For each file: how many mutants there were, and how many of them a test detected."""
     return pd.read_csv(ROOT / "benchmarks" / "results" / "mutants.csv", dtype=str)
 
 
 def metrics() -> pd.DataFrame:
-    """What each metric was in healthy runs and before the reward fell; the timings, in the demo's runs."""
+    """Each metric in healthy runs and before the reward fell; the timings, in the demo's runs."""
     studied = [_metric(name, unit, load_metric(ROOT / "results", name)) for name, unit in UNITS.items()]
     return pd.DataFrame(studied + [_metric(name, unit, _demo_timings(name)) for name, unit in TIMINGS.items()])
 
@@ -199,7 +203,7 @@ def _metric(name: str, unit: str, traces: Traces) -> dict[str, str]:
     side = max(sides, key=lambda name: sides[name][0].mean() - sides[name][1])
     left, strayed = sides[side]
     drift = traces.drift[left.index]
-    told = {
+    row = {
         "metric": name,
         "unit": unit,
         "healthy": f"{_number(low)} to {_number(high)}",
@@ -216,18 +220,18 @@ def _metric(name: str, unit: str, traces: Traces) -> dict[str, str]:
         "collapsed runs": len(traces.falls),
         "with a step before": len(left),
     }
-    return told | {name: str(n) for name, n in counts.items()}
+    return row | {name: str(n) for name, n in counts.items()}
 
 
 def _left(traces: Traces, outside: Callable[[pd.DataFrame], pd.DataFrame]) -> tuple[pd.Series, float]:
-    """Which collapsed runs left before they fell; and the share of the healthy that had, at the same steps."""
+    """Which collapsed runs left the range before their reward fell; and the share of healthy runs by the same steps."""
     ever = outside(traces.collapsed).cummax()
     left = pd.Series({run: bool(ever.loc[fall - 1, run]) for run, fall in traces.falls.items() if fall > 1})
     return left, outside(traces.healthy).cummax().mean(axis=1)[traces.falls[left.index] - 1].mean()
 
 
 def metric_summary() -> pd.DataFrame:
-    """The columns that open the page of the metrics."""
+    """The columns of the table at the top of the metrics page."""
     table = summary("metrics").copy()
     table["metric"] = "`" + table["metric"] + "`"
     return table[list(table.columns[:8])]
@@ -236,11 +240,11 @@ def metric_summary() -> pd.DataFrame:
 def _share(which: pd.Series) -> str:
     if not len(which):
         return "none"
-    return percent(share(which.sum(), len(which)))
+    return percent(wilson(which.sum(), len(which)))
 
 
 def _number(value: float) -> str:
-    """Two digits, as a person would write them."""
+    """A number with two digits."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         return re.sub(r"e([+-])0?(\d+)", lambda e: f"e{e[1].strip('+')}{e[2]}", f"{value:.1e}")
     return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
@@ -250,12 +254,12 @@ def _number(value: float) -> str:
 def _demo() -> list[tuple[Path, bool, bool, int]]:
     folders = [ROOT / "results" / "demo" / f"seed{s}" / c.algorithm for s in (0, 1, 2) for c in demo_configs(Path(), s)]
     outcomes = [outcome(folder) for folder in folders]
-    falls = [fall_step(load_run(folder).metrics["reward"]) for folder in folders]
+    falls = [collapse_step(load_run(folder).metrics["reward"]) for folder in folders]
     return [(f, o.collapsed, o.healthy, fall) for f, o, fall in zip(folders, outcomes, falls, strict=True)]
 
 
 def _demo_timings(name: str) -> Traces:
-    """As `load_metric`, of the demo's runs."""
+    """The timings of the demo's runs, in the form of `load_metric`."""
     values = {}
     for folder, *_ in _demo():
         timings = load_timings(folder)
@@ -273,7 +277,7 @@ TABLES = BENCHMARKS | {"metrics": metric_summary}
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as GitHub draws it, on lines of its own."""
+    """A Markdown table, on its own lines."""
     lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
     return "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
 
@@ -286,3 +290,5 @@ def filled(page: str) -> str:
 if __name__ == "__main__":
     for path in PAGES:
         path.write_text(filled(path.read_text()))
+    for metric in UNITS:
+        metric_traces(ROOT / "results", metric).savefig(ROOT / "docs" / "figures" / "metrics" / f"{metric}.png")

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from minicpgd.training import evaluate, load_run, train
 
 __all__ = [
-    "ALGORITHMS", "Algorithm", "LossOutput", "LossSettings", "TrainConfig", "UserError", "evaluate", "load_run", "train",
+    "ALGORITHMS", "Algorithm", "LossOutput", "LossSettings", "TrainConfig", "UserError", "evaluate", "load_run",
+    "train",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
-_PACKAGES = {
-    "algorithms": ("ALGORITHMS", "Algorithm", "LossOutput", "LossSettings"),
-    "config": ("TrainConfig",),
-    "errors": ("UserError",),
-    "training": ("evaluate", "load_run", "train"),
+_PACKAGE_OF = {
+    "TrainConfig": "config",
+    "UserError": "errors",
+    **dict.fromkeys(("ALGORITHMS", "Algorithm", "LossOutput", "LossSettings"), "algorithms"),
+    **dict.fromkeys(("evaluate", "load_run", "train"), "training"),
 }
-_PACKAGE_OF = {name: package for package, names in _PACKAGES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The program: `minicpgd`, or `python -m minicpgd`.
 
-Importing torch takes seconds. Nothing can be lost in them, so Ctrl-C then ends the process at once and silently; and so
-it does while the process ends.
+Importing torch takes seconds, and nothing can be lost then. So Ctrl-C ends the process at once and silently during the
+imports, and again after the command.
 """
 
 import signal

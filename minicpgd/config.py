@@ -1,17 +1,15 @@
 """Every setting of a run, in one dataclass; each field is a flag of `minicpgd train`.
 
-`TrainConfig` inherits five groups of settings: the objective, the task, the model, sampling and the loop. So a config can
-be passed wherever one of these groups is wanted. Names are TRL's where TRL has the field. A config is checked when it is
-made: one that exists can be run.
+`TrainConfig` inherits five groups of settings, so it can be passed where one of them is wanted. Names are TRL's where
+TRL has the field. A config is checked when it is made, so one that exists can be run.
 
-In: values from Python, from the command line, or from config.json. Out: a frozen dataclass, or one line that says which
-field is wrong.
+In: values from Python, the command line, config.json. Out: a frozen dataclass, or one line that names the wrong field.
 """
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpgd.errors import ConfigError, Range, check_choice, check_fields, short_repr
 from minicpgd.files import parse_json
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     from minicpgd.algorithms import Algorithm, LossSettings
 
 MAX_TOKENS = 10**9  # A rollout of more tokens takes months, and tens of gigabytes before its first update.
-
-
 TEMPERATURES = Range(1e-6, 1e30)  # Logits that are divided by less overflow.
 SEEDS = Range(0, 2**63 - 1)
 Count = Annotated[int, Range(1, 10**9)]
@@ -35,9 +31,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-Group = TypeVar("Group", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -65,16 +58,13 @@ class ObjectiveSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.algorithm == ObjectiveSettings.algorithm:
-            return  # The default needs no check. The table needs torch, which takes seconds to import.
-        has_drift = self.row.drift
-        if self.drift_coef != "auto" and not has_drift:
-            from minicpgd.algorithms import ALGORITHMS
+        # The default has drift. It is asked first, because `row` needs torch, which takes seconds to import.
+        if self.algorithm == ObjectiveSettings.algorithm or self.row.drift or self.drift_coef == "auto":
+            return
+        from minicpgd.algorithms import ALGORITHMS
 
-            with_drift = ", ".join(row.name for row in ALGORITHMS.values() if row.drift)
-            raise ConfigError(
-                f"drift_coef = {self.drift_coef}: {self.algorithm} has no drift; these have one: {with_drift}"
-            )
+        others = ", ".join(row.name for row in ALGORITHMS.values() if row.drift)
+        raise ConfigError(f"drift_coef = {self.drift_coef}: {self.algorithm} has no drift; these have one: {others}")
 
     @property
     def row(self) -> "Algorithm":
@@ -86,8 +76,7 @@ class ObjectiveSettings(Settings):
         from minicpgd.algorithms import ALGORITHMS
 
         check_choice("algorithm", self.algorithm, ALGORITHMS)
-        row = ALGORITHMS[self.algorithm]
-        return row.override(self.advantage_weight, self.aggregation, self.importance_level)
+        return ALGORITHMS[self.algorithm].override(self.advantage_weight, self.aggregation, self.importance_level)
 
     def loss_settings(self, drift_coef: float) -> "LossSettings":
         """The numbers of the loss, with the `drift_coef` of one rollout."""
@@ -157,9 +146,8 @@ class SamplingSettings(Settings):
 
     def without_limits(self) -> "SamplingSettings":
         """The same without `top_p` and `top_k`: sample from all tokens."""
-        return SamplingSettings(
-            self.max_completion_length, self.temperature, rollout_batch_size=self.rollout_batch_size
-        )
+        size = self.rollout_batch_size
+        return SamplingSettings(self.max_completion_length, self.temperature, rollout_batch_size=size)
 
 
 @dataclass(frozen=True)
@@ -208,17 +196,33 @@ class TrainConfig(LoopSettings, SamplingSettings, ModelSettings, TaskSettings, O
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_names_of_files(self)
-        self._check_together()
+        for name in ("model", "data", "output_dir"):
+            parts = (getattr(self, name) or "").encode().split(b"/")
+            if max(map(len, parts)) > 200 or sum(map(len, parts)) > 2000:
+                raise ConfigError(f"{name} = {short_repr(getattr(self, name))}: it is longer than file names can be")
+        if self.num_generations < 2 and (self.row.needs_groups or self.num_prompts < 2):
+            reason = f"{self.algorithm} compares the responses to one prompt with each other, so it needs at least 2"
+            raise ConfigError(f"num_generations = {self.num_generations}: {reason}")
+        sizes = {"num_prompts * num_generations": self.num_responses, "eval_problems": self.eval_problems}
+        for name, responses in sizes.items():
+            if (tokens := responses * self.max_completion_length) > MAX_TOKENS:
+                raise ConfigError(f"{name} * max_completion_length = {tokens}: at most {MAX_TOKENS} tokens fit")
+        if self.num_responses % self.num_minibatches:
+            rule = f"it has to divide num_prompts * num_generations = {self.num_responses}"
+            raise ConfigError(f"num_minibatches = {self.num_minibatches}: {rule}")
+        if self.load_in_4bit and not self.lora_r:
+            raise ConfigError("lora_r = 0: 4-bit weights cannot be trained, but an adapter can; 16 is usual")
+        if self.dtype not in ("auto", "float32") and not self.lora_r:
+            raise ConfigError(f"dtype = {self.dtype}: without an adapter (lora_r) the weights are trained, in float32")
 
     @classmethod
     def from_groups(cls, *groups: Settings) -> "TrainConfig":
         """A config from the groups that it inherits; a group that is not given has its defaults."""
         return cls(**{name: value for group in groups for name, value in vars(group).items()})
 
-    def group(self, kind: type[Group]) -> Group:
+    def group(self, kind: type[Any]) -> Any:
         """One of the groups that it inherits, on its own."""
-        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
     @property
     def folder(self) -> Path:
@@ -240,47 +244,15 @@ class TrainConfig(LoopSettings, SamplingSettings, ModelSettings, TaskSettings, O
         """K."""
         return self.num_iterations * self.num_minibatches
 
-    def _check_together(self) -> None:
-        if self.num_generations < 2 and (self.row.needs_groups or self.num_prompts < 2):
-            raise ConfigError(
-                f"num_generations = {self.num_generations}: {self.algorithm} compares the responses to one prompt "
-                "with each other, so it needs at least 2"
-            )
-        for name, responses in (
-            ("num_prompts * num_generations", self.num_responses),
-            ("eval_problems", self.eval_problems),
-        ):
-            if (tokens := responses * self.max_completion_length) > MAX_TOKENS:
-                raise ConfigError(f"{name} * max_completion_length = {tokens}: at most {MAX_TOKENS} tokens fit")
-        if self.num_responses % self.num_minibatches:
-            raise ConfigError(
-                f"num_minibatches = {self.num_minibatches}: it has to divide num_prompts * num_generations = "
-                f"{self.num_responses}"
-            )
-        if self.load_in_4bit and not self.lora_r:
-            raise ConfigError("lora_r = 0: 4-bit weights cannot be trained, but an adapter can; 16 is usual")
-        if self.dtype not in ("auto", "float32") and not self.lora_r:
-            raise ConfigError(f"dtype = {self.dtype}: without an adapter (lora_r) the weights are trained, in float32")
-
     def save(self, path: Path) -> None:
         """Write config.json."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 GROUPS: dict[str, type[Settings]] = {
-    "objective": ObjectiveSettings,
-    "task": TaskSettings,
-    "model": ModelSettings,
-    "sampling": SamplingSettings,
+    "objective": ObjectiveSettings, "task": TaskSettings, "model": ModelSettings, "sampling": SamplingSettings,
     "loop": LoopSettings,
-}
-
-
-def _check_names_of_files(config: TrainConfig) -> None:
-    for name in ("model", "data", "output_dir"):
-        parts = (getattr(config, name) or "").encode().split(b"/")
-        if max(map(len, parts)) > 200 or sum(map(len, parts)) > 2000:
-            raise ConfigError(f"{name} = {short_repr(getattr(config, name))}: it is longer than file names can be")
+}  # fmt: skip
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -293,14 +265,13 @@ def load_config(path: Path) -> TrainConfig:
         values = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable config: {error}") from error
-    if isinstance(values, dict) and "architectures" in values:
-        raise ConfigError(
-            f"{path}: this is a model's config, not a run's; `minicpgd evaluate` and `minicpgd sample` take models"
-        )
-    known = {field.name for field in fields(TrainConfig)}
-    if not isinstance(values, dict) or not set(values) <= known:
-        unknown = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else "no JSON object"
-        raise ConfigError(f"{path}: unknown fields: {unknown}")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: unknown fields: no JSON object")
+    if "architectures" in values:
+        commands = "`minicpgd evaluate` and `minicpgd sample`"
+        raise ConfigError(f"{path}: a model's config, not a run's; {commands} take models")
+    if unknown := set(values) - {field.name for field in fields(TrainConfig)}:
+        raise ConfigError(f"{path}: unknown fields: {', '.join(sorted(unknown))}")
     try:
         return TrainConfig(**values)
     except ConfigError as error:

@@ -10,20 +10,14 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable
-from dataclasses import fields
-from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 LONGEST = 1000
 
 _short = reprlib.Repr()
-_short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict = (
-    2,
-    4,
-    4,
-    4,
-)  # Aliases in YAML can nest a billion values.
+_short.maxlevel = 2  # Aliases in YAML can nest a billion values.
+_short.maxlist = _short.maxtuple = _short.maxdict = 4
 _short.maxstring = _short.maxlong = _short.maxother = 200
 
 
@@ -105,15 +99,9 @@ class Range(NamedTuple):
         too_low = value <= self.least if self.above else value < self.least
         too_high = value >= self.most if self.below else value > self.most
         if too_low or too_high or value != value:
-            wanted = f"{'less than' if self.below else 'at most'} {self.most:g}"
-            if not too_high:
-                wanted = f"{'more than' if self.above else 'at least'} {self.least:g}"
-            raise ConfigError(f"{name} = {short_repr(value)}: it has to be {wanted}")
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+            lowest = f"{'more than' if self.above else 'at least'} {self.least:g}"
+            highest = f"{'less than' if self.below else 'at most'} {self.most:g}"
+            raise ConfigError(f"{name} = {short_repr(value)}: it has to be {highest if too_high else lowest}")
 
 
 def check_fields(settings: Any) -> None:
@@ -122,16 +110,13 @@ def check_fields(settings: Any) -> None:
     Raises:
         ConfigError: a value has another type, or lies outside its `Range` or its choices.
     """
-    hints = _hints(type(settings))
-    for field in fields(settings):
-        hint, ranges = hints[field.name], []
-        if get_origin(hint) is Annotated:
-            hint, *ranges = get_args(hint)
-        _check_value(field.name, getattr(settings, field.name), get_args(hint) or (hint,), hint, ranges)
+    for name, annotation in get_type_hints(type(settings), include_extras=True).items():
+        hint, *ranges = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+        _check_value(name, getattr(settings, name), (hint, *get_args(hint)), ranges)
 
 
-def _check_value(name: str, value: Any, kinds: tuple, hint: Any, ranges: Iterable[Range]) -> None:
-    literals = [kind for kind in (hint, *kinds) if get_origin(kind) is Literal]
+def _check_value(name: str, value: Any, kinds: tuple, ranges: Iterable[Range]) -> None:
+    literals = [kind for kind in kinds if get_origin(kind) is Literal]
     choices = [choice for literal in literals for choice in get_args(literal)]
     types = [kind for kind in kinds if isinstance(kind, type) and kind is not NoneType]
     if (value is None and NoneType in kinds) or (isinstance(value, str) and value in choices):

@@ -1,7 +1,4 @@
-"""Small files: JSON that hides no mistake, writes that cannot be half done, and the versions to write down with results.
-
-In: paths and texts. Out: Python objects, whole files.
-"""
+"""Small files: JSON without repeated keys, writes that cannot be half done, and the versions behind a result."""
 
 import json
 import os
@@ -35,7 +32,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, force it to disk, and rename it. A reader sees all or nothing."""
+    """Let `write` fill a temporary file, force it to disk, and rename it to `path`. A reader sees all or nothing."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # 1. CPGD, step by step
 #
-# A language model writes eight answers, a rule says which are right, and an update makes the right ones likelier.
-# That is all of it, and here every number on the way is printed, next to the formula that it comes from. The
-# algorithm is CPGD, Clipped Policy Gradient Optimization with Policy Drift (arXiv 2505.12504).
+# A language model writes eight answers. A rule says which are right. An update makes the right answers likelier. This
+# notebook prints every number on the way, next to its formula. The algorithm is CPGD, Clipped Policy Gradient
+# Optimization with Policy Drift (arXiv 2505.12504). [Notebook 0](00_cpgd_on_one_page.ipynb) shows the whole algorithm
+# on one page; read it first.
 #
 # **After this notebook you can**
 #
@@ -12,7 +13,7 @@
 # - explain why clip and drift do nothing in the first update, and what they do from the second on;
 # - read a line of `metrics.jsonl` and say where each number in it comes from.
 #
-# About 20 seconds on a laptop's CPU.
+# The notebook takes about 20 seconds on a laptop's CPU.
 
 # %%
 import math
@@ -21,12 +22,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from minicpgd import TrainConfig
-from minicpgd.divergence import k3
-from minicpgd.experience import Draws
-from minicpgd.learner import Learner
+from minicpgd.algorithms import LossSettings, k3
+from minicpgd.models import quiet
 from minicpgd.plots import token_text
 from minicpgd.plots.style import COLOURS, STYLE
-from minicpgd.policy import quiet
+from minicpgd.training import Learner, seed_step
 
 quiet()
 plt.rcParams.update(STYLE)
@@ -35,16 +35,16 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # %% [markdown]
 # ## The policy
 #
-# A *policy* is a language model seen as something that acts: given the text so far, it has a probability for each
-# next token, and draws one. Ours is tiny, a Llama of 108 thousand parameters whose tokens are single characters. It
-# comes with the package.
+# A *policy* is a language model seen as an actor. Given the text so far, it has a probability for each next token, and
+# it draws one. Our policy is tiny: a Llama of 108 thousand parameters whose tokens are single characters. It comes with
+# the package.
 #
-# Its problems are sums to be worked out from left to right, on a clock of ten: `7+5*3=` asks for (7 + 5) · 3 = 36, so
-# `6`, and 2 − 4 is 8. The model may guess, `#6`, or write its working first, `7+5=2,2*3=6#6`. Only what stands after
-# the `#` is judged.
+# Its problems are sums. One works them out from left to right and keeps the last digit: `7+5*3=` asks for (7 + 5) · 3 =
+# 36, so the answer is `6`, and 2 − 4 is 8. The model may guess, `#6`, or write its working first, `7+5=2,2*3=6#6`. The
+# reward depends only on the digit after the `#`.
 #
-# A `Learner` holds the policy and all that trains it. The settings are those of `minicpgd train`, only smaller: N = 2
-# problems, G = 4 answers to each.
+# A `Learner` holds the policy and everything that trains it. The settings are those of `minicpgd train`, only smaller:
+# N = 2 problems, and G = 4 answers to each.
 
 # %%
 config = TrainConfig(algorithm="cpgd", num_prompts=2, num_generations=4, num_minibatches=1, num_iterations=4)
@@ -54,27 +54,27 @@ print(f"{learner.policy.model.num_parameters():,} parameters, {len(learner.polic
 # %% [markdown]
 # ## 1. The rollout
 #
-# `experience` samples the answers and judges them. Each draw of the step, which problems, which tokens, comes from
-# `(seed, step)`, so your run prints the answers that stand here.
+# `collect` samples the answers and computes their rewards. All random numbers of a step come from `(seed, step)`, so
+# your run prints the same answers.
 #
-# **Predict.** The model was taught to guess mostly, and to work things out now and then. How many of eight answers
+# **Predict.** The model was taught to guess mostly, and to write its working now and then. How many of eight answers
 # will show their working? How many will be right?
 
 # %%
-draws = Draws.at(seed=0, step=1)
-made = learner.experience(draws)
-rollout = made.rollout
+generators = seed_step(seed=0, step=1)
+experience = learner.collect(generators)
+rollout = experience.rollout
 
-for problem, text, reward in zip(made.problems, rollout.completions, made.rewards.flatten(), strict=True):
+for problem, text, reward in zip(experience.problems, rollout.completions, experience.rewards.flatten(), strict=True):
     print(f"{problem['prompt']:<14} {text:<34} reward {reward:.0f}")
 
 # %% [markdown]
-# Two of eight are worked out, and both of these are right. Six are guesses; to the second problem every guess was
-# `0`, and all four answers got the reward, which has consequences in a moment.
+# Two of eight answers show their working, and both are right. Six are guesses. Every guess at the second problem was
+# `0`, so all four answers to it got the reward. Section 2 shows what follows from that.
 #
-# Inside, a rollout is a handful of tensors. B = N · G = 8 answers stand below each other, filled up to the longest
-# one, T tokens. The *mask* says which tokens are real, and is made from the answers' lengths. (Made in another way it
-# is a classic bug, to be seen in [notebook 6](06_bug_museum.ipynb).)
+# A rollout consists of a few tensors. It has B = N · G = 8 rows, one for each answer, padded to the T tokens of the
+# longest. The *mask* says which tokens are real, and is computed from the answers' lengths. (Other ways to compute it
+# lead to a classic bug; see [notebook 6](06_bug_museum.ipynb).)
 
 # %%
 for name in ("completion_ids", "mask", "lengths", "logp"):
@@ -83,15 +83,14 @@ print("lengths        ", rollout.lengths.tolist())
 print("probability of the tokens of answer 0:", rollout.logp[0, :3].exp())
 
 # %% [markdown]
-# The end of an answer, `<eos>`, is a token like the others: the model chose to stop, and can be praised for it.
-# `logp` is $\ell_{\mathrm{old}} = \ln \pi_{\mathrm{old}}(y_t \mid x, y_{<t})$, the logarithm of the probability with
-# which each token was drawn. The policy that drew is called *old*, because it is about to change.
+# The end of an answer, `<eos>`, is a token like the others: the model chose to stop, and training can reinforce that
+# choice. `logp` is $\ell_{\mathrm{old}} = \ln \pi_{\mathrm{old}}(y_t \mid x, y_{<t})$, the logarithm of the probability
+# with which each token was drawn. The sampling policy is called *old*, because training changes it.
 #
 # ## 2. Rewards to advantages
 #
-# A reward of 1 says "right". An *advantage* says "better than could be expected for this problem". What could be
-# expected is the mean μ of the group, the G answers to the same problem, and the unit is the group's standard
-# deviation σ:
+# A reward of 1 says "right". An *advantage* says "better than expected for this problem". The expectation is the mean μ
+# of the group, which is the G answers to the same problem. The unit is the group's standard deviation σ:
 #
 # $$ A = w(x)\,(R - \mu), \qquad w(x) = \frac{1}{\sigma + 10^{-4}} $$
 #
@@ -101,23 +100,22 @@ print("probability of the tokens of answer 0:", rollout.logp[0, :3].exp())
 first = torch.tensor([1.0, 1.0, 0.0, 0.0])
 by_hand = (first - first.mean()) / (first.std() + 1e-4)
 print("by hand:", by_hand)
-print("package:", made.advantages)
-assert torch.allclose(made.advantages[:4], by_hand) and (made.advantages[4:] == 0).all()
+print("package:", experience.advantages)
+assert torch.allclose(experience.advantages[0], by_hand) and (experience.advantages[1] == 0).all()
 
 # %% [markdown]
-# In the first group μ = 0.5, and σ = 0.577 (the squares are summed and divided by G − 1 = 3). So A = ±0.5 / 0.577 =
-# ±0.866. The second group has nothing to teach: its answers cannot be told apart by their rewards, so all its
-# advantages are 0, exactly.
+# In the first group μ = 0.5 and σ = 0.577. (The sum of squares is divided by G − 1 = 3.) So A = ±0.5 / 0.577 = ±0.866.
+# In the second group all rewards are equal, so all advantages are exactly 0.
 #
-# Each token of an answer gets the advantage of the whole answer. Nobody said which of its tokens were good.
+# Each token of an answer gets the advantage of the whole answer. The reward does not say which tokens were good.
 #
-# ## 3. The log-ratio, before anything has changed
+# ## 3. The log-ratio before the first update
 #
-# Everything that follows is about how far the new policy $\pi_\theta$ has moved from the old one, token by token:
+# The rest of the notebook measures how far the new policy $\pi_\theta$ has moved from the old one, token by token:
 #
 # $$ d = \ln \pi_\theta - \ln \pi_{\mathrm{old}}, \qquad r = \exp(d) = \frac{\pi_\theta}{\pi_{\mathrm{old}}} $$
 #
-# `learner.score` asks the policy as it is now for $\ln \pi_\theta$ of the tokens that were sampled.
+# `learner.score` computes $\ln \pi_\theta$ of the sampled tokens under the current policy.
 #
 # **Predict.** No update has been made yet. What are d and r?
 
@@ -127,7 +125,7 @@ print(f"largest |d|: {d.abs().max():.6f}")
 assert d.abs().max() < 1e-5
 
 # %% [markdown]
-# d = 0 and r = 1, but for the rounding of float32.
+# d = 0 and r = 1, up to the rounding of float32.
 #
 # ## 4. The first loss
 #
@@ -135,67 +133,68 @@ assert d.abs().max() < 1e-5
 #
 # $$ \min\!\left(d A,\ \mathrm{clip}(d, \ln(1-\varepsilon), \ln(1+\varepsilon)) A\right) - \alpha\,\mathrm{drift}(d) $$
 #
-# The first part is the *surrogate*. It stands in for the expected reward, which nobody can compute, and has the same
-# gradient where the policy has not moved yet. The `clip` holds d between $\ln 0.8$ and $\ln 1.2$ (ε is 0.2); the
-# `min` takes the worse of the two, and section 6 shows what that is good for.
+# The first part is the *surrogate*. It replaces the expected reward, which nobody can compute, and has the same
+# gradient as long as the policy has not moved. The `clip` keeps d between $\ln 0.8$ and $\ln 1.2$ (ε is 0.2). The `min`
+# takes the smaller of the two; section 6 shows its purpose.
 #
-# The second part is the price of having moved. $\mathrm{drift}(d)$ is called k3, $r - 1 - d$; it is 0 at d = 0 and
-# positive elsewhere. Its mean over tokens is a Kullback-Leibler divergence (KL), the usual distance between policies;
-# [notebook 3](03_kl_drift.ipynb) is about it. Its slope in d is r − 1, and from r = 3 on the trained drift goes on in
-# a straight line, so that the slope never exceeds c = 2. α is set to the largest |A| of the rollout, a rule of this
-# package.
+# The second part penalises movement. The penalty is k3, $\mathrm{drift}(d) = r - 1 - d$. It is 0 at d = 0 and positive
+# elsewhere. Its mean over tokens is a Kullback-Leibler divergence (KL), the usual measure of how much two policies
+# differ; [notebook 3](03_kl_drift.ipynb) treats it. The slope of k3 in d is r − 1. From r = 3 on, the trained drift
+# continues as a straight line, so its slope never exceeds c = 2. The coefficient α is the largest |A| of the rollout,
+# which is a rule of this package.
 #
-# The loss is minus the mean of all this, over the tokens of each answer and then over the answers.
+# The loss is minus the mean of this objective, first over the tokens of each answer and then over the answers.
 #
-# **Predict.** With d = 0: what is the value of the loss? And has it a gradient?
+# **Predict.** d = 0. What is the value of the loss? Does it have a gradient?
 
 # %%
 algorithm = learner.algorithm
+settings = LossSettings(drift_coef=experience.drift_coef)
 
 
 def loss_at(d):
     """The loss of CPGD at log-ratios d, (B, T), and its gradient in d."""
     d = d.clone().requires_grad_()
-    out = algorithm.loss(d, torch.zeros_like(d), made.advantages, rollout.mask, drift_coef=learner.drift_coef)
+    out = algorithm.loss(d, torch.zeros_like(d), experience.advantages.flatten(), rollout.mask, settings)
     out.loss.backward()
     return out, d.grad
 
 
 out, gradient = loss_at(torch.zeros_like(d))
-print(f"alpha = {learner.drift_coef:.3f}, loss = {out.loss:.3f}")
+print(f"alpha = {experience.drift_coef:.3f}, loss = {out.loss:.3f}")
 print("gradient, first 3 tokens of answers 0 to 3:")
 print(gradient[:4, :3])
 
 # %% [markdown]
-# The loss is 0 and its gradient is not. A loss in reinforcement learning is no distance from a goal; only its slope
-# means something.
+# The loss is 0 and its gradient is not. In reinforcement learning the value of the loss does not measure the distance
+# to a goal. Only its slope has a meaning.
 #
-# The slope is $-A$ times the token's share in the mean. Answer 0 has 3 tokens and there are 8 answers, so each has a
-# share of 1/24, and $-0.866 / 24 = -0.036$: raising the log-probability of `#4` lowers the loss. In answer 2 the sign
-# is the other one. In answer 1 a token has less, because 32 tokens share one answer's eighth. This is plain policy
-# gradient, clip idle, drift idle. At d = 0 the surrogates of GRPO (Group Relative Policy Optimization) and RLOO
-# (REINFORCE leave-one-out) have the slope A as well; RLOO only computes another A. The three algorithms part with the
-# second update.
+# The slope is $-A$ times the token's share in the mean. Answer 0 has 3 tokens and there are 8 answers, so each token's
+# share is 1/24, and $-0.866 / 24 = -0.036$: a larger log-probability of `#4` lowers the loss. In answer 2 the sign is
+# reversed. In answer 1 the slope is smaller, because 32 tokens divide one answer's eighth. At d = 0 this is the plain
+# policy gradient; clip and drift have no effect. The surrogates of GRPO (Group Relative Policy Optimization) and RLOO
+# (REINFORCE leave-one-out) have the slope A there as well. RLOO only computes another A. From the second update on the
+# three algorithms differ.
 
 # %%
 share = 1 / (8 * rollout.lengths)
-assert torch.allclose(gradient[:, 0], -made.advantages * share)
+assert torch.allclose(gradient[:, 0], -experience.advantages.flatten() * share)
 print("weight of a token:", share[:4])
 
 # %% [markdown]
 # ## 5. One update
 #
-# A *pass* goes once over all answers. It may be cut into minibatches, with an update after each (four by default);
-# ours is not, so a pass is one update. `passes` makes them one by one: each `next(passes)` is an update. An update is
-# a gradient, its norm bounded, and a step of AdamW, an optimizer with momentum: it remembers past gradients.
+# A *pass* goes once over all answers. It can be cut into minibatches, with an update after each; four is the default.
+# Ours is not cut, so a pass is one update. `learner.train_pass` makes one pass. An update computes a gradient, bounds
+# its norm, and makes a step of AdamW. AdamW is an optimizer with momentum: it remembers past gradients.
 #
-# **Predict.** Answer 1 was right and long, answers 2 and 3 wrong and short. Which tokens will move most?
+# **Predict.** Answer 1 was right and long. Answers 2 and 3 were wrong and short. Which tokens will move most?
 
 # %%
-labels = [f"{p['prompt']} A={a:+.2f}" for p, a in zip(made.problems, made.advantages.tolist(), strict=True)]
+answers = zip(experience.problems, experience.advantages.flatten().tolist(), strict=True)
+labels = [f"{problem['prompt']} A={advantage:+.2f}" for problem, advantage in answers]
 pieces = learner.policy.tokens(rollout.completion_ids, rollout.lengths)
 tokens = [["■" if piece == "<eos>" else piece for piece in row] for row in pieces]
-passes = learner.passes(made, draws.order)
 low, high = torch.tensor(algorithm.clip_bounds(config.epsilon)).log().tolist()
 
 
@@ -205,33 +204,31 @@ def show(title):
     return token_text(tokens, moved, labels=labels, low=low, high=high, limit=0.8, unit="log-ratio d", title=title)
 
 
-next(passes)
+learner.train_pass(experience, generators.order)
 show("After 1 update (■ is the end of an answer)")
 
 # %% [markdown]
-# Four things to see.
+# The figure shows four things.
 #
-# - Nearly all of the movement is in two places: the digit of a guess, and the *first* token, where the model decides
-#   whether to guess or to work. Everything after `7` was all but certain already, and what is certain has little to
-#   move.
-# - `#` went down in answer 0, though that answer was right. The same `#` stands in answers 2 and 3, which are wrong,
-#   and two against one win: tokens are not separate knobs, they share the model's parameters.
-# - The second problem moved, too, without any advantage. Beginning with a digit has become likelier *everywhere*.
-#   That is learning, and it is also how things get away from us.
-# - One token wears a triangle: its ratio has left the range from 0.8 to 1.2 (▲ above, ▼ below), after a single
-#   update.
+# - Nearly all movement is in two places: the digit of a guess, and the *first* token, where the model decides whether
+#   to guess or to work. After the first `7` the tokens were almost certain, and such tokens move little.
+# - The probability of `#` decreased in answer 0, although that answer was right. The same `#` is in answers 2 and 3,
+#   which are wrong, and two outweigh one. The tokens are not independent, since they share the model's parameters.
+# - The second problem moved too, without any advantage. To begin with a digit became likelier *everywhere*. Training
+#   generalises this way, to effects that nobody wanted as well.
+# - One token has a triangle. Its ratio left the range from 0.8 to 1.2 (▲ above, ▼ below) after a single update.
 #
 # ## 6. More updates on the same rollout
 #
-# Sampling is expensive, so a rollout is used more than once. From the second update on d is not 0, and clip and drift
-# wake up. By hand: the surrogate pulls a token with A, or, once it is clipped, not at all. The drift's slope is min(r
-# − 1, c), so it pulls with −α · min(r − 1, c). Both together have to be what autograd finds in the package's loss.
+# Sampling is expensive, so a rollout is used more than once. From the second update on, d is not 0, and clip and drift
+# have an effect. The surrogate gives a token the gradient A, or 0 once the token is clipped. The drift's slope is min(r
+# − 1, c), so the drift adds the gradient −α · min(r − 1, c). The sum must be what autograd finds in the package's loss.
 #
-# **Predict.** After four updates: is a token that has been clipped standing still?
+# **Predict.** After four updates: does a clipped token stand still?
 
 # %%
-for _ in passes:
-    pass
+for _ in range(config.num_iterations - 1):
+    learner.train_pass(experience, generators.order)
 show("After 4 updates")
 
 # %%
@@ -239,45 +236,44 @@ d = learner.score(rollout) - rollout.logp
 out, gradient = loss_at(d)
 print("answer token      A       d      r  clipped   surrogate   drift    both")
 for row, t in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 1), (6, 0)):
-    A, dt, clipped = made.advantages[row].item(), d[row, t].item(), bool(out.clipped[row, t])
+    A, dt, clipped = experience.advantages.flatten()[row].item(), d[row, t].item(), bool(out.clipped[row, t])
     surrogate = 0.0 if clipped else A
-    pull = -learner.drift_coef * min(math.exp(dt) - 1, config.drift_clip)
+    drift = -experience.drift_coef * min(math.exp(dt) - 1, config.drift_clip)
     both = -gradient[row, t].item() * 8 * rollout.lengths[row].item()
     print(
         f"{row:>4}   {tokens[row][t]}      {A:+.2f}  {dt:+.3f}  {math.exp(dt):.2f}  "
-        f"{'yes' if clipped else 'no ':<7}   {surrogate:+.3f}      {pull:+.3f}   {both:+.3f}"
+        f"{'yes' if clipped else 'no ':<7}   {surrogate:+.3f}      {drift:+.3f}   {both:+.3f}"
     )
-    assert abs(surrogate + pull - both) < 1e-4
+    assert abs(surrogate + drift - both) < 1e-4
 
 # %% [markdown]
-# Read the table row by row; the last column is what the optimizer is told.
+# Read the table row by row. The last column is the gradient that the optimizer receives.
 #
-# - **`4` in answer 0** went beyond 1.2 and is clipped: its surrogate pulls no more. Yet it does not stand still. The
-#   drift pulls it *back*.
-# - **`7` in answer 1** has a ratio of 2.25, far beyond the clip's bound. A clip bounds the objective, not the ratio:
-#   it takes the token's own pull away, and other tokens and the optimizer's momentum may carry it on. Only the drift
-#   aims at undoing that.
-# - **`#`** has the same d in answers 0 and 2, and is clipped in one of them. With A > 0 a ratio below 0.8 is a
-#   mistake to be undone, so the surrogate pulls on, in full. With A < 0 it is a job done. That is what the `min` is
-#   for.
-# - **`1` in answer 2** was beyond the bound after the first update, and came back within it.
-# - **`6` in answer 6** has no advantage. Still the drift holds it near the policy that sampled.
+# - **`4` in answer 0** has a ratio above 1.2 and is clipped, so its surrogate has no gradient. Yet the token does not
+#   stand still: the drift lowers its probability again.
+# - **`7` in answer 1** has a ratio of 2.25, far beyond the clip's bound. A clip bounds the objective, not the ratio. It
+#   removes the token's own gradient, but other tokens and the optimizer's momentum can move the token further. Only the
+#   drift counteracts that.
+# - **`#`** has the same d in answers 0 and 2, and only one of the two is clipped. With A > 0 a ratio below 0.8 is a
+#   mistake, so the surrogate keeps its full gradient. With A < 0 it is the intended result. The `min` makes this
+#   distinction.
+# - **`1` in answer 2** was beyond the bound after the first update, and is within it now.
+# - **`6` in answer 6** has no advantage. The drift still keeps it near its old probability.
 #
-# A surrogate with a ratio in it (PPO's, GRPO's) would pull with r · A in place of A. Notebook 2 draws the two side by
-# side.
+# In the surrogates of PPO and GRPO the gradient is r · A in place of A. Notebook 2 draws the two side by side.
 #
 # ## 7. The numbers in the log
 #
-# A run writes one line per step to `metrics.jsonl`. Most of its numbers you have just seen. `accuracy` is the share
-# of right answers, here the same as the reward. `entropy` says how undecided the policy was, in nats per token: 0 is
-# certain.
+# A run writes one line per step to `metrics.jsonl`. You have seen most of its numbers already. `accuracy` is the share
+# of right answers; here it equals the reward. `entropy` measures how undecided the policy was, in nats per token; 0
+# means certain.
 #
 # `kl_old` is the mean of k3 over the tokens: how far the policy has moved, in nats per token. `clip_frac_pos` and
-# `clip_frac_neg` are the shares of tokens that are clipped, with A > 0 and with A < 0. ([Every
-# metric](../docs/metrics.md) has a page.)
+# `clip_frac_neg` are the shares of clipped tokens, with A > 0 and with A < 0. ([Every metric](../docs/metrics.md) has a
+# page.)
 #
-# **Predict.** The line is written by the last pass, which looks at each answer *before* its own update. Is its
-# `kl_old` larger or smaller than the one we compute now, after the last update?
+# **Predict.** The line describes the last pass, and each answer in it *before* its own update. We compute `kl_old`
+# after the last update. Which of the two is larger?
 
 # %%
 line = Learner.from_config(config).step(1).metrics
@@ -288,17 +284,18 @@ print(f"clipped, A < 0       {line['clip_frac_neg']:.4f}")
 
 here = out.metrics
 print(f"\nkl_old after the last update: {here['kl_old']:.4f}")
-assert line["reward"] == made.rewards.mean() and line["kl_old"] < here["kl_old"]
+assert line["reward"] == experience.rewards.mean() and line["kl_old"] < here["kl_old"]
 assert abs(here["kl_old"] - k3(d[rollout.mask]).mean().item()) < 1e-6
 
 # %% [markdown]
-# Smaller: it is one update behind. K, the number of updates made on a rollout, is passes times minibatches. At K = 1
-# `kl_old` is 0 in every line, and no metric will tell you whether your clip works.
+# The logged value is smaller, because it is one update behind. K, the number of updates on a rollout, is the number of
+# passes times the number of minibatches. At K = 1 `kl_old` is 0 in every line, and no metric shows whether your clip
+# works.
 #
 # ## 8. Does it help?
 #
-# Four updates on eight answers are little. Here are twenty steps of eight problems with eight answers each, two
-# passes of four updates on each rollout, with three seeds: the reward, and how long the answers are.
+# Four updates on eight answers are few. The next cell makes twenty steps of eight problems with eight answers each, and
+# two passes of four updates on each rollout, with three seeds.
 #
 # **Predict.** The reward says nothing about length. What will the length do?
 
@@ -318,34 +315,35 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# A worked answer is right more often than a guess, so working becomes likelier, and answers grow from 8 tokens to
-# about 30. Nobody rewarded length; a 0/1 reward was enough. With seed 0 the reward fell before it rose: it had begun
-# with a lucky rollout. (Asked this gently, with eight updates a rollout, other algorithms learn it as well, and as
-# fast. What sets them apart comes with more, in [notebook 4](04_collapse_of_baselines.ipynb).)
+# A worked answer is right more often than a guess, so working becomes likelier, and answers grow from 8 tokens to about
+# 30. Nobody rewarded length; a reward of 0 or 1 was enough. With seed 0 the reward decreased before it increased,
+#     because its first rollout was a lucky one. (With only eight updates per rollout, as here, other algorithms learn
+#     this as well and as fast. They differ when K is larger; see [notebook 4](04_collapse_of_baselines.ipynb).)
 #
 # ## Exercises
 #
-# 1. *One line.* Ask for the advantages of our rollout with `advantage_weight="equal"`, and with `"clip_filter"`.
-#    Predict both first; the table stands in `minicpgd/advantages.py`.
-# 2. *By hand.* One answer of eight is right. Work out A of the right one and of a wrong one, with the weight `std`,
-#    and check yourself. Which of the two pulls harder? And the right one against all wrong ones together?
-# 3. *An experiment.* `cpg` is CPGD without its drift. From the same rollout, with 16 passes in place of 4, compare
-#    the two: the largest ratio, and `kl_old`. Use more than one seed.
+# 1. *One line.* Compute the advantages of our rollout with `advantage_weight="equal"` and with `"clip_filter"`. Predict
+#    both first; `minicpgd/algorithms/advantages.py` has a table.
+# 2. *By hand.* One answer of eight is right. Compute A of the right one and of a wrong one, with the weight `std`, and
+#    check yourself. Which has the larger gradient weight? How does the right one compare with all wrong ones together?
+# 3. *An experiment.* `cpg` is CPGD without its drift. Use 16 passes in place of 4 on the same rollout, and compare the
+#    largest ratio and `kl_old` of the two. Use more than one seed.
 
 # %% solution
 # Solution 1
 for weight in ("equal", "clip_filter"):
-    print(weight, algorithm.advantages(made.rewards, rollout.lengths.view(2, 4), advantage_weight=weight)[0])
-# equal: R - 0.5. clip_filter: one of two prompts says something, so its answers count twice.
+    lengths = rollout.lengths.view(2, 4)
+    print(weight, algorithm.advantages(experience.rewards, lengths, advantage_weight=weight)[0])
+# With `equal` A is R - 0.5. With `clip_filter` A is twice that, because one of two prompts has unequal rewards.
 
 # %% solution
 # Solution 2
 one = torch.tensor([[1.0] + [0.0] * 7])
 A = algorithm.advantages(one, torch.ones(1, 8))
 print(A)
-# The mean is 1/8 and sigma = sqrt((49 + 7) / 64 / 7) = 0.3536; with 1e-4 added, A = (7/8) / 0.3537 = 2.474,
-# and (-1/8) / 0.3537 = -0.353.
-# The right one pulls seven times as hard, and the two sides are equal in all: advantages of a group add up to 0.
+# The mean is 1/8, and sigma = sqrt((49 + 7) / 64 / 7) = 0.3536. With 1e-4 added, A = (7/8) / 0.3537 = 2.474 for the
+# right answer, and A = (-1/8) / 0.3537 = -0.353 for a wrong one.
+# The right one has seven times the weight of a wrong one, and as much as all wrong ones together: the sum of A is 0.
 assert abs(A[0, 0] - 2.475) < 1e-2 and A.sum().abs() < 1e-5
 
 # %% solution
@@ -355,4 +353,4 @@ for seed in range(3):
         small = {"num_prompts": 2, "num_generations": 4, "num_minibatches": 1, "num_iterations": 16}
         line = Learner.from_config(TrainConfig(algorithm=name, seed=seed, **small)).step(1).metrics
         print(f"seed {seed}  {name:<4}  largest ratio {line['ratio_max']:6.2f}  kl_old {line['kl_old']:.4f}")
-# The drift holds both: ratios stay near 2, and kl_old is 3.7 to 12 times smaller, with every seed.
+# The drift limits both numbers: ratios stay near 2, and kl_old is 3.7 to 12 times smaller, with every seed.

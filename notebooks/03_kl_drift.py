@@ -1,9 +1,8 @@
 # %% [markdown]
-# # 3. The drift: estimating a KL, differentiating it, and using it as a spring
+# # 3. The drift: estimating a KL, differentiating it, and training with it
 #
-# CPGD pays for moving away from the policy that sampled. The price is a Kullback-Leibler divergence, and it has to be
-# paid from samples. Here is what that takes, first on a policy small enough to know everything about it, then on a
-# real one.
+# CPGD penalises a policy for moving away from the policy that sampled. The penalty is a Kullback-Leibler divergence,
+# estimated from samples. This notebook shows how, first on a policy that allows exact sums, then on a real one.
 #
 # **After this notebook you can**
 #
@@ -12,19 +11,17 @@
 # - explain why CPGD trains with $\min(r - 1, c)$, and why the drift does nothing in the first update;
 # - predict where a token's ratio settles for a given α, and say what a large α costs.
 #
-# About 30 seconds on a laptop's CPU.
+# The notebook takes about 30 seconds on a laptop's CPU.
 
 # %%
 import matplotlib.pyplot as plt
 import torch
 
 from minicpgd import TrainConfig
-from minicpgd.algorithms import ALGORITHMS, auto_drift_coef
-from minicpgd.divergence import bounded_drift, exact_kl, k1, k2, k3
-from minicpgd.experience import Draws
-from minicpgd.learner import Learner
-from minicpgd.plots.style import COLOURS, DASHES, KL, MARKERS, STYLE, look
-from minicpgd.policy import quiet
+from minicpgd.algorithms import ALGORITHMS, LossSettings, auto_drift_coef, bounded_drift, exact_kl, k1, k2, k3
+from minicpgd.models import quiet
+from minicpgd.plots.style import COLOURS, DASHES, KL, MARKERS, STYLE, line_style
+from minicpgd.training import Learner, seed_step
 
 quiet()
 plt.rcParams.update(STYLE)
@@ -33,19 +30,19 @@ ESTIMATORS = (k1, k2, k3)
 # %% [markdown]
 # ## 1. Three estimators of one number
 #
-# How far is a policy q from a policy p? For all actions a,
+# How far is a policy q from a policy p? The KL divergence is a sum over all actions a,
 #
 # $$ \mathrm{KL}(p \,\|\, q) = \sum_a p(a)\,\ln\frac{p(a)}{q(a)} $$
 #
-# in nats. A language model has too many actions to sum over. But p has sampled some, and for each sample we know $e =
-# \ln q - \ln p$. Three functions of e have this KL as their mean, or nearly: k1 $= -e$, k2 $= e^2/2$, k3 $= \exp(e) -
-# 1 - e$.
+# in nats. A language model has too many actions for this sum. But p has sampled some, and for each sample we know $e =
+# \ln q - \ln p$. The mean of each of three functions of e is this KL, or nearly: k1 $= -e$, k2 $= e^2/2$, k3 $=
+# \exp(e) - 1 - e$.
 #
-# Our policy here is a softmax over six actions, so `exact_kl` can do the sum. We move it further and further, and
+# Our policy here is a softmax over six actions, so `exact_kl` can compute the sum. We move it further and further, and
 # take 100 000 samples each time.
 #
-# **Predict.** All three are about right on average, as long as p and q are close. Which one is the noisiest? Which
-# one goes wrong first when the distance grows?
+# **Predict.** All three are nearly right on average, as long as p and q are close. Which one has the most noise? Which
+# one becomes wrong first as the distance grows?
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -56,13 +53,13 @@ for size in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0):
     actions = torch.multinomial(old.softmax(0), 100_000, replacement=True, generator=generator)
     e = (new.log_softmax(0) - old.log_softmax(0))[actions]
     rows.append((exact_kl(old, new).item(), [(k(e).mean().item(), k(e).std().item()) for k in ESTIMATORS]))
-    everywhere = new.log_softmax(0) - old.log_softmax(0)  # no sampling: each action with its probability
+    everywhere = new.log_softmax(0) - old.log_softmax(0)  # this replaces sampling: each action has its probability
     biases.append([(old.softmax(0) * k(everywhere)).sum().item() / rows[-1][0] - 1 for k in ESTIMATORS])
     print(f"KL {rows[-1][0]:.5f}   mean and deviation:", end="")
     print(*(f"  {k.__name__} {m:.5f} ± {s:.4f}" for k, (m, s) in zip(ESTIMATORS, rows[-1][1], strict=True)))
 
 for truth, sampled in rows:
-    for mean, deviation in (sampled[0], sampled[2]):  # k1, k3: right, to five standard errors
+    for mean, deviation in (sampled[0], sampled[2]):  # the means of k1 and k3 are right, within five standard errors
         assert abs(mean - truth) < 5 * deviation / 100_000**0.5
 assert all(abs(bias[0]) < 1e-9 and abs(bias[2]) < 1e-9 for bias in biases)
 
@@ -70,30 +67,31 @@ assert all(abs(bias[0]) < 1e-9 and abs(bias[2]) < 1e-9 for bias in biases)
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
 truths = [truth for truth, _ in rows]
 for which, k in enumerate(ESTIMATORS):
-    axes[0].plot(truths, [100 * bias[which] for bias in biases], label=k.__name__, **look(which)._asdict())
-    axes[1].plot(truths, [s[which][1] / t for t, s in rows], label=k.__name__, **look(which)._asdict())
-axes[0].set(xscale="log", title="Bias", xlabel="exact KL  [nats]", ylabel="expected value, off by [% of the KL]")
+    style = line_style(which)._asdict()
+    axes[0].plot(truths, [100 * bias[which] for bias in biases], label=k.__name__, **style)
+    axes[1].plot(truths, [s[which][1] / t for t, s in rows], label=k.__name__, **style)
+axes[0].set(xscale="log", title="Bias", xlabel="exact KL  [nats]", ylabel="error of the mean [% of the KL]")
 axes[1].set(xscale="log", yscale="log", title="Noise", xlabel="exact KL  [nats]", ylabel="deviation / KL")
 axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# k1 and k3 are unbiased, exactly. k2 and k3 are never negative (a square; and $\exp(e) \ge 1 + e$). k2 is 0.5 % off
-# at the smallest distance here and 39 % at the largest: it is a good approximation as long as little has moved.
+# k1 and k3 have no bias at all. k2 and k3 are never negative, because k2 is a square and $\exp(e) \ge 1 + e$. The error
+# of k2 is 0.5 % at the smallest distance here and 39 % at the largest. It is a good approximation for small moves.
 #
-# In noise they differ more. Close by, k1 scatters 93 times as far as the number it estimates. In the first row of the
-# table its mean over 100 000 samples is still 17 % off, and many single values are negative, which a KL never is. k3
-# scatters by about as much as the KL itself, at any distance. This is why runs report k3.
+# The noise differs more. At the smallest distance the deviation of k1 is 93 times the KL. In the first row of the table
+# its mean over 100 000 samples is still 17 % wrong, and many single values are negative, which a KL never is. The
+# deviation of k3 is about as large as the KL itself, at every distance. Therefore runs report k3.
 #
 # ## 2. Estimating is not differentiating
 #
-# Now put such a number into a loss. Samples come from $\pi_\theta$ itself, and the distance is that to a *reference*,
-# usually the model that training started from: $e = \ln \pi_{\mathrm{ref}} - \ln \pi_\theta$, and autograd
-# differentiates the mean of k over the samples. The samples themselves it takes as given: it does not know that
-# another θ would have sampled others.
+# Now we put such a number into a loss. In one case the samples come from $\pi_\theta$ itself, and the distance is that
+# to a *reference*, usually the model before training: $e = \ln \pi_{\mathrm{ref}} - \ln \pi_\theta$. Autograd
+# differentiates the mean of k over the samples. It treats the samples as constants, although another θ would have
+# sampled others.
 #
-# In the other case, CPGD's, the samples are those of $\pi_{\mathrm{old}}$, which does not change, and $e = d = \ln
-# \pi_\theta - \ln \pi_{\mathrm{old}}$. To have both in one figure, let the reference be the old policy.
+# In the other case, CPGD's, the samples come from $\pi_{\mathrm{old}}$, which does not change, and $e = d = \ln
+# \pi_\theta - \ln \pi_{\mathrm{old}}$. We let the reference be the old policy, so that one figure shows both cases.
 #
 # **Predict.** In the first case all three estimate $\mathrm{KL}(\pi_\theta \,\|\, \pi_{\mathrm{ref}})$, in the second
 # $\mathrm{KL}(\pi_{\mathrm{old}} \,\|\, \pi_\theta)$. For which of the three is the mean of the derivatives the
@@ -110,7 +108,7 @@ def slope(function, logits):
 
 
 def mean_gradient(k, sampler, sign):
-    """What autograd makes of the mean of k(e) at `new`, over samples taken as given: all of them, by weight."""
+    """The gradient that autograd finds for the mean of k(e) at `new`, with all samples at their probabilities."""
     return slope(
         lambda logits: (sampler.softmax(0) * k(sign * (logits.log_softmax(0) - old.log_softmax(0)))).sum(), new
     )
@@ -143,23 +141,23 @@ figure.legend(handles, labels, loc="outside lower center", ncols=5)
 plt.show()
 
 # %% [markdown]
-# Left: the bars of k1 are not there. Its value is right and its gradient is nothing, because the mean of $\nabla \ln
-# \pi_\theta$ over samples of $\pi_\theta$ is 0 for any policy: $\sum_a \pi \nabla \ln \pi = \sum_a \nabla \pi =
-# \nabla 1 = 0$. In a loss such a penalty adds noise and does nothing else. (In the reward it works, and
-# `reinforce_pp` has it there: a reward need not be differentiated.) k2, the biased one, has the gradient of
-# $\mathrm{KL}(\pi_\theta \,\|\, \pi_{\mathrm{ref}})$. k3 has the gradient of the KL in the *other* direction.
+# On the left the bars of k1 have no height. Its value is right and its gradient is 0, because the mean of $\nabla \ln
+# \pi_\theta$ over samples of $\pi_\theta$ is 0 for any policy: $\sum_a \pi \nabla \ln \pi = \sum_a \nabla \pi = \nabla
+# 1 = 0$. In a loss such a penalty only adds noise. (In the reward it works, and `reinforce_pp` has it there: nobody
+# differentiates a reward.) k2, which has a bias, has the gradient of $\mathrm{KL}(\pi_\theta \,\|\,
+# \pi_{\mathrm{ref}})$. k3 has the gradient of the KL in the *other* direction.
 #
-# Right: the samples do not depend on θ any more, so the derivative of the mean is the mean of the derivatives. What
-# estimates without bias differentiates without bias, and k2 has not even the gradient that it had on the left. This
-# is CPGD's case.
+# On the right the samples do not depend on θ, so the derivative of the mean is the mean of the derivatives. An
+# estimator without bias then has a gradient without bias. k2 does not even have the gradient that it has on the left.
+# This is CPGD's case.
 #
 # ## 3. From k3 to the term that is trained
 #
-# With the samples of $\pi_{\mathrm{old}}$ both k1 and k3 are right. Their derivatives in $\ln \pi_\theta$ of one
-# token are −1 and $r - 1$.
+# With samples of $\pi_{\mathrm{old}}$ both k1 and k3 are right. Their derivatives in $\ln \pi_\theta$ of one token are
+# −1 and $r - 1$.
 #
-# **Predict.** Before the first update every ratio is 1. What does each of the two ask of a token then? And of one
-# whose ratio has run to 20?
+# **Predict.** Before the first update every ratio is 1. Which gradient does each of the two give a token then? And a
+# token whose ratio has grown to 20?
 
 # %%
 d = torch.linspace(-3, 3, 601, dtype=torch.float64)
@@ -167,7 +165,8 @@ ratios = d.exp()
 terms = {"k1": k1, "k3": k3, "bounded_drift, c = 2": bounded_drift}
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
 for which, (name, term) in enumerate(terms.items()):
-    shape = {"color": look(which).color, "linestyle": look(which).linestyle, "linewidth": 3.4 - 0.7 * which}
+    color, linestyle, _ = line_style(which)
+    shape = {"color": color, "linestyle": linestyle, "linewidth": 3.4 - 0.7 * which}
     axes[0].plot(ratios, term(d), label=name, **shape)
     axes[1].plot(ratios, slope(lambda x, term=term: term(x).sum(), d), label=name, **shape)
 axes[0].set(
@@ -183,24 +182,24 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# k1 asks the same of every sampled token, always: become likelier. At r = 1 these requests cancel on average, since
-# probabilities add up to 1; but each single sample is noise. k3 asks nothing of a token at r = 1. Where nothing has
-# moved it is silent, token by token.
+# k1 gives every sampled token the same gradient at every ratio, towards a larger probability. At r = 1 these gradients
+# cancel on average, since probabilities add up to 1, but in a sample they do not, and that is noise. k3 gives a token
+# at r = 1 no gradient.
 #
-# At r = 20 its gradient is 19. One such token can outweigh all others of an update, and where a gradient's norm is
-# bounded (`max_grad_norm`), these others are scaled down with it. CPGD therefore bounds the *slope* of what it
-# trains, to $\min(r - 1, c)$ with c = 2. `bounded_drift` is a function with this slope: k3 up to r = 1 + c = 3, and
-# from there on a straight line in d,
+# At r = 20 its gradient is 19. One such token can outweigh all others of an update. Where the gradient's norm is
+# bounded (`max_grad_norm`), the others are scaled down with it. CPGD therefore bounds the *slope* of the trained term
+# to $\min(r - 1, c)$ with c = 2. `bounded_drift` is a function with this slope. It is k3 up to r = 1 + c = 3, and from
+# there on a straight line in d:
 #
 # $$ \mathrm{k3}\!\left(\min(d, \ln(1 + c))\right) + c \max(0,\ d - \ln(1 + c)) $$
 #
-# The price is that the trained term is no KL any more out there. What is *reported* stays k3.
+# Beyond r = 3 the trained term is therefore not a KL. Runs still *report* k3.
 #
-# Note the asymmetry: a token that falls is pulled up with at most 1, however far it falls.
+# The slope is not symmetric. For a token whose ratio decreases, its size never exceeds 1, however small the ratio.
 #
-# ## 4. Idle at first, then awake
+# ## 4. Zero at first, then active
 #
-# Now the real thing: the embedded model, 64 answers, and passes over them with 4 updates each.
+# Now we use the embedded model, and passes over 64 answers with 4 updates each.
 #
 # **Predict.** Before the first update, how large is the drift, and its gradient? And after one pass?
 
@@ -210,32 +209,35 @@ SEEDS = 3  # fast: 1
 
 
 def walk(name, seed, **settings):
-    """The learner, its rollout, and the log-ratios before the first pass and after each."""
+    """The experience of a rollout, and the log-ratios before the first pass and after each pass."""
     settings = {"num_prompts": 8, "num_generations": 8, "num_iterations": PASSES, "seed": seed, **settings}
     learner = Learner.from_config(TrainConfig(algorithm=name, **settings))
-    draws = Draws.at(seed, step=1)
-    made = learner.experience(draws)
-    moved = [learner.score(made.rollout) - made.rollout.logp]
-    moved += [learner.score(made.rollout) - made.rollout.logp for _ in learner.passes(made, draws.order)]
-    return learner, made, moved
+    generators = seed_step(seed, step=1)
+    experience = learner.collect(generators)
+    rollout = experience.rollout
+    log_ratios = [learner.score(rollout) - rollout.logp]
+    for _ in range(PASSES):
+        learner.train_pass(experience, generators.order)
+        log_ratios.append(learner.score(rollout) - rollout.logp)
+    return experience, log_ratios
 
 
 walks = {(name, seed): walk(name, seed) for seed in range(SEEDS) for name in ("cpg", "cpgd", "grpo", "grpo_drift")}
 
 
-learner, made, moved = walks["cpgd", 0]
+experience, log_ratios = walks["cpgd", 0]
 for passes in (0, 1):
-    d = moved[passes][made.rollout.mask].double()
+    d = log_ratios[passes][experience.rollout.mask].double()
     value, gradient = bounded_drift(d).mean().item(), slope(lambda x: bounded_drift(x).sum(), d).abs().max().item()
     print(f"after {passes} passes: mean value {value:.6f}, largest gradient of a token {gradient:.6f}")
     assert (value < 1e-6 and gradient < 1e-4) == (passes == 0)
 
 # %% [markdown]
-# Zero, value and gradient, as every r is 1, but for rounding: the drift cannot hold the first update. So it does not
-# prevent a step that is too large; it answers it afterwards. It needs a second update on the same rollout to exist at
-# all.
+# Value and gradient are 0 up to rounding, since every r is 1. So the drift cannot limit the first update. It does not
+# prevent a step that is too large; it corrects it afterwards. It has no effect without a second update on the same
+# rollout.
 #
-# **Predict.** From the same rollouts, over 8 passes: where does the KL end with the drift and without it, for CPG and
+# **Predict.** From the same rollouts, after 8 passes: how large is the KL with the drift and without it, for CPG and
 # for GRPO?
 
 # %%
@@ -244,9 +246,9 @@ ends = {}
 for axis, pair in zip(axes, (("cpg", "cpgd"), ("grpo", "grpo_drift")), strict=True):
     for which, name in enumerate(pair):
         for seed in range(SEEDS):
-            _, made, moved = walks[name, seed]
-            values = [k3(x[made.rollout.mask]).mean().item() for x in moved]
-            axis.plot(values, markersize=4, label=name if seed == 0 else None, **look(which)._asdict())
+            experience, log_ratios = walks[name, seed]
+            values = [k3(d[experience.rollout.mask]).mean().item() for d in log_ratios]
+            axis.plot(values, markersize=4, label=name if seed == 0 else None, **line_style(which)._asdict())
             ends[name, seed] = values[-1]
     axis.set(title=f"{pair[0]}, and with drift", xlabel="passes over the rollout", ylim=(0, None))
     axis.legend()
@@ -258,25 +260,25 @@ for seed in range(SEEDS):
     assert ends["cpgd", seed] < ends["cpg", seed] / 2 and ends["grpo_drift", seed] < ends["grpo", seed] / 2
 
 # %% [markdown]
-# Without the drift, with every seed, the KL ends between 0.038 and 0.057, with it between 0.002 and 0.007. After one
-# pass, of whose four updates three felt the drift, the curves have already parted.
+# With every seed the KL ends between 0.038 and 0.057 without the drift, and between 0.002 and 0.007 with it. After one
+# pass the curves already differ; the drift acted in three of its four updates.
 #
-# The two panels can hardly be told apart. The ratio in GRPO's surrogate, or the log-ratio in CPG's, does next to
-# nothing to this number. The drift does, and it does it for GRPO as well. This picture gives no reason to prefer CPGD
-# to GRPO with a drift.
+# The two panels are nearly the same. The ratio in GRPO's surrogate, or the log-ratio in CPG's, hardly changes this
+# number. The drift does change it, and for GRPO as much. This figure gives no reason to prefer CPGD to GRPO with a
+# drift.
 #
-# ## 5. α is a spring
+# ## 5. α is the stiffness of a spring
 #
-# How strong must the drift be? Back to the small policy, where expectations are exact. Without a clip a token's pull
-# is $A - \alpha (r - 1)$, which vanishes at
+# How large must α be? We return to the small policy, where expectations are exact. Without a clip the gradient weight
+# of a token is $A - \alpha (r - 1)$, which is 0 at
 #
 # $$ r^* = 1 + \frac{A}{\alpha} $$
 #
-# A is the force, α the stiffness of the spring, $r - 1$ how far it is stretched. We maximise the objective of `pgd`,
-# CPGD without clip, on all six actions, each with the weight $\pi_{\mathrm{old}}$. One action is bad and the others
-# are good; A has mean 0 and deviation 1.
+# It behaves like a spring: A is the force, α the stiffness, and $r - 1$ the extension. We maximise the objective of
+# `pgd`, CPGD without clip, on all six actions, each with the weight $\pi_{\mathrm{old}}$. One action is bad and the
+# others are good. A has mean 0 and deviation 1.
 #
-# **Predict.** For which α is there no rest at all?
+# **Predict.** For which α does the ratio of the bad action never settle?
 
 # %%
 p = old.softmax(0)
@@ -286,15 +288,15 @@ A = (rewards - (p * rewards).sum()) / (p * (rewards - (p * rewards).sum()).squar
 print("pi_old:", *(f"{x:.3f}" for x in p), "  A:", *(f"{x:+.2f}" for x in A))
 
 
-def climb(alpha, steps=1500):
-    """Gradient ascent on the six logits; the ratios on the way, (steps, 6)."""
+def ascend(alpha, steps=1500):
+    """The ratios at each step of gradient ascent on the six logits, (steps, 6)."""
     logits, path = old.clone().requires_grad_(), []
-    optimizer = torch.optim.SGD([logits], lr=0.15)
+    optimizer, settings = torch.optim.SGD([logits], lr=0.15), LossSettings(drift_coef=alpha)
     for _ in range(steps):
         logp = logits.log_softmax(0)
         path.append((logp - old.log_softmax(0)).detach().exp())
-        each = {"token_weights": p[:, None], "drift_coef": alpha}
-        out = ALGORITHMS["pgd"].loss(logp[:, None], old.log_softmax(0)[:, None], A, torch.ones(6, 1), **each)
+        tensors = logp[:, None], old.log_softmax(0)[:, None], A, torch.ones(6, 1)
+        out = ALGORITHMS["pgd"].loss(*tensors, settings, token_weights=p[:, None])
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
@@ -305,7 +307,7 @@ def climb(alpha, steps=1500):
 worst = A.abs().max().item()
 figure, axis = plt.subplots(figsize=(9, 3.5), layout="constrained")
 for which, factor in enumerate((4, 2, 1, 0.8)):
-    path, rest = climb(factor * worst), 1 + A / (factor * worst)
+    path, rest = ascend(factor * worst), 1 + A / (factor * worst)
     shape = {"color": COLOURS[which], "linestyle": DASHES[which]}
     axis.plot(path[:, 1], label=f"α = {factor} max |A|", **shape)
     if factor > 1:
@@ -318,47 +320,48 @@ axis.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# With α larger than max |A| each ratio settles where the closed form says, to three digits: the bad action at 0.75
-# and at 0.50. Twice the stiffness, half the way.
+# For α larger than max |A| each ratio settles at the value of the formula, to three digits: the bad action at 0.75 and
+# at 0.50. Twice the stiffness halves the distance.
 #
-# With α smaller, $1 + A/\alpha$ would be negative for the bad action, and a ratio cannot be. A falling token is
-# pulled up with α at most, however far it falls, and here the force −A is larger. Its probability shrinks by the same
-# factor again and again: a straight line on this axis. The border is α = −min A, which here is also max |A|: there r*
-# is 0, and the way to it never ends.
+# For smaller α the formula gives the bad action a negative ratio, which is impossible. The drift's gradient on a token
+# with a small ratio is at most α, and here the surrogate's, −A, is larger. Each step multiplies the probability of the
+# bad action by about the same factor below 1, so the curve is a straight line on this axis. The limit between the two
+# cases is α = −min A, which here is also max |A|. There r* is 0, and the ratio approaches it without ever reaching it.
+# [Notebook 7](07_theory_you_can_check.ipynb) derives all this.
 #
-# `drift_coef="auto"` sets α = max |A| for each rollout, which is never below −min A. Where the largest |A| of all is
-# a negative one, α stands on the border itself. This rule is the package's, not the paper's.
+# `drift_coef="auto"` sets α = max |A| for each rollout, which is never below −min A. If the largest |A| of a rollout
+# belongs to a negative A, then α equals −min A. This rule is the package's, not the paper's.
 #
-# ## 6. The spring in a real policy
+# ## 6. α in a real policy
 #
-# In the real policy tokens share parameters, a clip acts as well, and the optimizer has momentum, so the closed form
-# does not apply to single tokens. The stiffness should still be seen.
+# In the real policy tokens share parameters, a clip acts as well, and the optimizer has momentum, so the formula does
+# not hold for single tokens. The effect of α should still be visible.
 #
-# **Predict.** With α = 0, 0.3, 1, 3, 10 on the same rollout: what becomes of the largest ratio, and of the *gain*,
-# the mean of $A\,(r - 1)$ over all tokens? The gain estimates what the updates were made for.
+# **Predict.** With α = 0, 0.3, 1, 3, 10 on the same rollout: how do the largest ratio and the *gain* change? The gain
+# is the mean of $A\,(r - 1)$ over all tokens. It estimates what the updates aim at.
 
 # %%
 ALPHAS = (0, 0.3, 1, "auto", 3, 10)
-springs = {(alpha, s): walk("cpgd", s, drift_coef=alpha) for s in range(SEEDS) for alpha in (0.3, 1.0, 3.0, 10.0)}
-springs |= {(0, s): walks["cpg", s] for s in range(SEEDS)}  # cpg is cpgd with alpha = 0
-springs |= {("auto", s): walks["cpgd", s] for s in range(SEEDS)}
+runs = {(alpha, s): walk("cpgd", s, drift_coef=alpha) for s in range(SEEDS) for alpha in (0.3, 1.0, 3.0, 10.0)}
+runs |= {(0, s): walks["cpg", s] for s in range(SEEDS)}  # `cpg` is `cpgd` with alpha = 0
+runs |= {("auto", s): walks["cpgd", s] for s in range(SEEDS)}
 
 kl, gain = {}, {}
-for (alpha, seed), (_, made, moved) in springs.items():
-    mask = made.rollout.mask
-    d, A = moved[-1][mask], made.advantages[:, None].expand_as(mask)[mask]
+for (alpha, seed), (experience, log_ratios) in runs.items():
+    mask = experience.rollout.mask
+    d, A = log_ratios[-1][mask], experience.advantages.view(-1, 1).expand_as(mask)[mask]
     kl[alpha, seed], gain[alpha, seed] = k3(d).mean().item(), (A * d.expm1()).mean().item()
 for alpha in ALPHAS:
     print(f"alpha = {alpha:<5}", *(f"  KL {kl[alpha, s]:.4f} gain {gain[alpha, s]:.4f}" for s in range(SEEDS)))
-print("auto is", *(f"{springs['auto', seed][0].drift_coef:.2f}" for seed in range(SEEDS)))
+print("auto is", *(f"{runs['auto', seed][0].drift_coef:.2f}" for seed in range(SEEDS)))
 for seed in range(SEEDS):
     assert kl[0, seed] > kl[1, seed] > kl[10, seed] and gain[0, seed] > gain[1, seed] > gain[10, seed]
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
 for which, alpha in enumerate(ALPHAS):
-    largest = [max(springs[alpha, s][2][n].exp().max().item() for s in range(SEEDS)) for n in range(PASSES + 1)]
-    axes[0].plot(largest, label=f"α = {alpha}", markersize=4, **look(which)._asdict())
+    largest = [max(runs[alpha, s][1][n].exp().max().item() for s in range(SEEDS)) for n in range(PASSES + 1)]
+    axes[0].plot(largest, label=f"α = {alpha}", markersize=4, **line_style(which)._asdict())
     gains = [gain[alpha, seed] for seed in range(SEEDS)]
     axes[1].plot([which] * SEEDS, gains, MARKERS[which], color=COLOURS[which], markersize=6)
 axes[0].set(title="Largest ratio, of all seeds", xlabel="passes over the rollout", ylabel="ratio r")
@@ -368,24 +371,24 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 # %% [markdown]
-# The stiffer the spring, the smaller the KL, with every seed, and on the whole the lower the ratios. With `auto`,
-# where no r* is beyond 2, the largest ratio of all seeds is between 1.8 and 2.2. Yet nothing comes to rest:
-# minibatches pull in turn, and momentum carries things past their place.
+# A larger α gives a smaller KL, with every seed, and mostly smaller ratios. With `auto`, where no r* is above 2, the
+# largest ratio of all seeds is between 1.8 and 2.2. Yet they do not settle: each minibatch has another gradient, and
+# momentum carries them past r*.
 #
-# The right panel is the bill. What α holds back is not only accident but also what the updates are for: at α = 10
-# there is left, by seed, 4, 10 and 17 % of the gain at α = 0. Judged by it, α = 0 is best. But the gain is measured
-# on the very answers that were trained on, so it favours whatever follows them furthest. Over whole runs ([section 3
-# of the results](../docs/results.md#3-how-large-should-the-drift-be); another group size and other seeds than in
-# notebook 2, so the numbers differ: K = 64, G = 16, three seeds) CPGD without drift ends at an accuracy of 0.15, with
-# α = 3 at 0.76, with `auto` at 0.72, and with far too large an α nothing is learned. The useful range is about
-# tenfold, and it moves with the size of the advantages.
+# The right panel shows the cost. α does not only limit accidents, it also limits what the updates aim at. At α = 10
+# only 4, 10 and 17 % of the gain at α = 0 remain, by seed. By this measure α = 0 is best. But the gain uses the answers
+# that were trained on, so it favours the policy that follows them furthest. [Section 3 of the
+# results](../docs/results.md#3-how-large-should-the-drift-be) has whole runs with K = 64 and G = 16. (They have three
+# seeds, and another group size than those in notebook 2, so the numbers differ.) CPGD without drift ends at an accuracy
+# of 0.15, with α = 3 at 0.76, with `auto` at 0.72. With far too large an α it learns nothing. The useful range is about
+# tenfold, and depends on the size of the advantages.
 #
 # ## Exercises
 #
-# 1. *One line.* 16 answers, 15 of them right: which α does `auto` take, with the weight `std` and with `equal`? And
-#    with 8 of 16?
-# 2. *By hand.* Show that the mean of k3 over samples of p is the KL. Which part of k3 has mean 0, and what has that
-#    to do with probabilities adding up to 1?
+# 1. *One line.* Of 16 answers 15 are right. Which α does `auto` take, with the weight `std` and with `equal`? And if 8
+#    of 16 are right?
+# 2. *By hand.* Show that the mean of k3 over samples of p is the KL. Which part of k3 has mean 0? How does that follow
+#    from the sum of all probabilities?
 # 3. *An experiment.* A rollout is small. With 64 samples and the distances of section 1, how often is the estimate by
 #    k1 negative? And by k3?
 
@@ -398,14 +401,14 @@ for right in (15, 8):
         alpha = auto_drift_coef(A, previous=1.0)
         print(f"{right:>2} right, {weight:<5}  A from {A.min():+.2f} to {A.max():+.2f}   alpha = {alpha:.2f}")
         assert alpha >= -A.min().item()
-# The rarer an outcome, the larger its |A|, and with std the more so: -15 / sqrt(16) = -3.75 in place of -15 / 16.
+# A rarer outcome has a larger |A|. With `std` the effect is stronger: -15 / sqrt(16) = -3.75 in place of -15 / 16.
 
 # %% solution
 # Solution 2
 e = new.log_softmax(0) - old.log_softmax(0)
 print(f"mean of exp(e) - 1: {(p * e.expm1()).sum():.6f}")
-# exp(e) = q/p, so its mean over p is the sum of q, which is 1: exp(e) - 1 has mean 0. -e, which is k1, has the KL.
-# exp(e) - 1 is large where -e is very negative: the noise of the two cancels.
+# exp(e) is q/p, so its mean over p is the sum of q, which is 1. So exp(e) - 1 has mean 0. The rest of k3 is -e, which
+# is k1, and its mean is the KL. exp(e) - 1 is negative where -e is positive, so the noise of the two cancels.
 assert (p * e.expm1()).sum().abs() < 1e-12 and torch.isclose((p * k3(e)).sum(), exact_kl(old, new))
 
 # %% solution

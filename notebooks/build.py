@@ -1,16 +1,17 @@
-"""Builds the notebooks: percent scripts go in, executed .ipynb files come out beside them.
+"""Build the notebooks: from percent scripts, executed .ipynb files beside them.
 
     python notebooks/build.py          all of them
     python notebooks/build.py 02 03    some
 
-Edit the scripts, never the .ipynb files. A cell begins with one of
+Edit the scripts, never the .ipynb files. A cell begins with one of these lines:
 
     # %% [markdown]    prose, each line after a "# "
     # %%               code
-    # %% solution      code that is folded away until the reader asks for it
+    # %% solution      code that stays folded until the reader opens it
 
-The badge and the set-up cell are added here. A line `STEPS = 20  # fast: 4` is 20 in the published notebook, and 4 in the
-tests, which run all of them. The same script makes the same bytes: no times, no machine, cell ids by position.
+This file adds the badge and the set-up cell. A line `STEPS = 20  # fast: 4` is 20 in the published notebook, and 4 in the
+tests, which run all notebooks. The same script gives the same bytes: a notebook contains no times and no machine, and
+cell ids are positions.
 """
 
 import base64
@@ -32,12 +33,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 HERE = Path(__file__).parent
 SCRIPTS = sorted(HERE.glob("[0-9][0-9]_*.py"))
 ADDRESS = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-REPOSITORY = ADDRESS.removeprefix("https://github.com/")  # for Colab
+REPOSITORY = ADDRESS.removeprefix("https://github.com/")  # Colab needs this form.
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{}/blob/main/notebooks/{}.ipynb)"
 SET_UP = f"""\
 import importlib.util
 
-if importlib.util.find_spec("minicpgd") is None:  # on Colab, say; where minicpgd is installed, this does nothing
+if importlib.util.find_spec("minicpgd") is None:  # This installs minicpgd where it is missing, as on Colab.
     !git clone --quiet --depth 1 {ADDRESS}
     %pip install --quiet -e "./{REPOSITORY.split("/")[1]}[qlora]"
     %cd {REPOSITORY.split("/")[1]}/notebooks
@@ -48,7 +49,7 @@ FAST = re.compile(r"^(\w+ = ).*?  # fast: (.+)$", re.MULTILINE)
 
 
 def read(script: Path) -> NotebookNode:
-    """A percent script as a notebook that has not been run."""
+    """Turn a percent script into a notebook that has not run yet."""
     pieces = re.split(r"^# %%(.*)\n", script.read_text(), flags=re.MULTILINE)
     cells = []
     for kind, text in zip(map(str.strip, pieces[1::2]), pieces[2::2], strict=True):
@@ -59,7 +60,7 @@ def read(script: Path) -> NotebookNode:
         else:
             raise SystemExit(f"{script}: a cell begins with '# %%', '# %% [markdown]' or '# %% solution', not {kind!r}")
     if pieces[0].strip() or not cells or cells[0].cell_type != "markdown":
-        raise SystemExit(f"{script}: begins with something else than a '# %% [markdown]' cell")
+        raise SystemExit(f"{script}: the first cell has to be a '# %% [markdown]' cell")
     cells[0].source += "\n\n" + BADGE.format(REPOSITORY, script.stem)
     cells.insert(1, new_code_cell(SET_UP))
     for number, cell in enumerate(cells):
@@ -77,13 +78,13 @@ def run(notebook: NotebookNode, *, fast: bool = False, on_cell: Callable[..., No
     if fast:
         for cell in notebook.cells:
             cell.source = FAST.sub(r"\1\2", cell.source)
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}  # sums in one order, on any machine
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}  # Sums then have one order on any machine.
     resources = {"metadata": {"path": str(HERE)}}
     client = NotebookClient(
         notebook,
         timeout=600,
         record_timing=False,
-        coalesce_streams=True,  # else what is printed comes in pieces, cut by the clock
+        coalesce_streams=True,  # Otherwise the clock decides how the printed text is split.
         extra_arguments=["--IPKernelApp.log_level=40"],
         resources=resources,
         on_cell_executed=on_cell,
@@ -97,21 +98,21 @@ def run(notebook: NotebookNode, *, fast: bool = False, on_cell: Callable[..., No
 
 
 def _lighter(picture: str) -> str:
-    """A PNG with 256 colours, a third of the size: repositories keep every version of a notebook."""
-    made = io.BytesIO()
+    """Reduce a PNG to 256 colours and a third of its size, since a repository keeps every version of a notebook."""
+    smaller = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(made, "PNG", optimize=True)
-    return base64.b64encode(made.getvalue()).decode()
+    image.quantize(256, dither=Image.Dither.NONE).save(smaller, "PNG", optimize=True)
+    return base64.b64encode(smaller.getvalue()).decode()
 
 
 def text_of(notebook: NotebookNode) -> str:
-    """What is written to the .ipynb file."""
+    """The text of the .ipynb file."""
     nbformat.validate(notebook)
     return nbformat.writes(notebook) + "\n"
 
 
 def main(wanted: list[str]) -> None:
-    """Build those whose names begin with one of `wanted`; all, where nothing is."""
+    """Build the notebooks whose names begin with one of `wanted`, or all if it is empty."""
     chosen = [script for script in SCRIPTS if not wanted or script.name.startswith(tuple(wanted))]
     if not chosen:
         raise SystemExit(f"none of {', '.join(script.stem for script in SCRIPTS)} begins with {' or '.join(wanted)}")

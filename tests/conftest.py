@@ -1,17 +1,17 @@
-"""What tests share: no network, a skip for what needs a GPU, the embedded policy, and small runs."""
+"""What all tests share: no network, a skip for tests that need a GPU, the embedded policy, and small runs."""
 
 import importlib.util
 import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # small batches gain nothing from more, and busy machines lose much
+os.environ["OMP_NUM_THREADS"] = "1"  # Small batches gain nothing from more threads, and busy machines lose much.
 
 import pytest
 import torch
 
-from minicpgd import TrainConfig
-from minicpgd.policy import load_policy, quiet
+from minicpgd import ALGORITHMS, LossSettings, TrainConfig
+from minicpgd.models.policy import load_policy, quiet
 
 quiet()
 
@@ -26,14 +26,26 @@ SMALL = {
 
 
 def load_script(path):
-    """A script that is in no package, as a module."""
+    """Import a script that belongs to no package."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
+    sys.modules[spec.name] = module  # A dataclass looks its module up there.
     sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
     sys.path.remove(str(path.parent))
     return module
+
+
+def loss_of(
+    name, logp, old_logp, advantages, mask, *, ref_logp=None, token_weights=None, max_completion_length=None, **changes
+):
+    """Compute the loss of a row. A change names a column that `override` replaces, or a field of `LossSettings`."""
+    columns = {"aggregation", "importance_level"} & changes.keys()
+    row = ALGORITHMS[name].override(**{column: changes.pop(column) for column in columns})
+    if token_weights is None and max_completion_length is not None:
+        token_weights = row.token_weights(mask, max_completion_length)
+    rest = {"ref_logp": ref_logp, "token_weights": token_weights}
+    return row.loss(logp, old_logp, advantages, mask, LossSettings(**changes), **rest)
 
 
 def pytest_collection_modifyitems(items):
@@ -49,8 +61,25 @@ def policy():
 
 
 @pytest.fixture
+def record_threads():
+    """Return a function from a model to a list that grows: torch's number of threads at each forward pass.
+
+    The test may set the number of threads; it is restored after the test.
+    """
+
+    def record(model):
+        used = []
+        model.get_decoder().register_forward_pre_hook(lambda *_: used.append(torch.get_num_threads()))
+        return used
+
+    threads = torch.get_num_threads()
+    yield record
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def small(tmp_path):
-    """A function that makes the config of a run of seconds, in a folder of its own."""
+    """Return a function that makes the config of a run of seconds, in a folder of its own."""
 
     def make(name="run", **changes):
         return TrainConfig(output_dir=str(tmp_path / name), **(SMALL | changes))

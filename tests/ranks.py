@@ -1,10 +1,10 @@
-"""Trains with CPGDTrainer in one or two processes, for test_trl.py; not a test itself.
+"""Trains with CPGDTrainer in one or two processes, for test_trl.py. This is not a test itself.
 
-    torchrun --nproc_per_node 2 tests/ranks.py FOLDER     # samples, and leaves behind what was sampled
-    python tests/ranks.py FOLDER                          # trains on that: the same global batch in one process
+    torchrun --nproc_per_node 2 tests/ranks.py FOLDER     # samples and trains
+    python tests/ranks.py FOLDER                          # trains on the same responses in one process
 
-Each job in `JOBS` leaves in FOLDER the responses of each rank, its final parameters, and the log. They are replayed so
-that two runs can be compared: random numbers differ by process, and a loss to 1e-4 wants the same responses.
+Each job in `JOBS` writes to FOLDER the responses of each rank, its final parameters, and the log. One process replays
+the responses of two, because random numbers differ by process, and losses agree to 1e-4 only on the same responses.
 """
 
 import json
@@ -18,33 +18,33 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from minicpgd.integrations.trl import CPGDConfig, CPGDTrainer
-from minicpgd.policy import EMBEDDED, quiet
+from minicpgd.models import EMBEDDED, quiet
 from minicpgd.tasks import get_task
 
 PROCESSES = 2
 JOBS = {
     "cpgd": {"num_iterations": 4, "max_steps": 32},
-    "dapo": {"num_iterations": 2, "max_steps": 4},  # a mean over tokens, of which the ranks have unequal shares
+    "dapo": {"num_iterations": 2, "max_steps": 4},  # It takes a mean over tokens, and the ranks have unequally many.
 }
 
 
 class Recorded(CPGDTrainer):
-    """Keeps what it samples or, where there are responses to replay, takes those."""
+    """Records its responses. It takes them from `replayed` if there are any, and otherwise samples."""
 
     replayed: list | None = None
 
-    def _generate_single_turn(self, prompt_ids, *rest, **more):
+    def _generate_single_turn(self, prompt_ids, *rest, **keywords):
         if self.replayed is None:
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *rest, **more)
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *rest, **keywords)
         else:
             (expected, completion_ids), logprobs = self.replayed.pop(0), None
-            assert prompt_ids == expected, "another order of prompts"
+            assert prompt_ids == expected, "the prompts have another order"
         self.recorded.append((prompt_ids, completion_ids))
         return completion_ids, logprobs
 
 
 def train(name: str, folder: Path, rank: int, world: int) -> None:
-    """One job; a single process takes its batch in as many micro-batches as there were processes."""
+    """Run one job. A single process has as many micro-batches as there were processes."""
     task = get_task("chain_arithmetic")
     trainer = Recorded(
         model=str(EMBEDDED),

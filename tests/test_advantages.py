@@ -1,26 +1,23 @@
-"""Advantages, by hand and by brute force."""
+"""Advantages are tested by hand and by brute force."""
 
 import statistics
 
 import pytest
 import torch
 
-from minicpgd import ALGORITHMS
-from minicpgd.advantages import WEIGHTS
-from minicpgd.algorithms import auto_drift_coef
+from minicpgd import ALGORITHMS, TrainConfig
+from minicpgd.algorithms.advantages import WEIGHTS
+from minicpgd.algorithms.loss import auto_drift_coef
+from minicpgd.errors import ConfigError
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
 LENGTHS = torch.tensor([[3, 5, 2, 7], [1, 4, 9, 2], [6, 6, 1, 3]])
 
 
-def rows_of(tensor):
-    return tensor.tolist()
-
-
 def test_group_normalised():
-    """grpo, cpgd, their parts and relatives: (R - mean) / (std + 1e-4), ddof 1."""
+    """grpo, cpgd, their parts and their relatives compute (R - mean) / (std + 1e-4), with ddof 1."""
     expected = []
-    for group in rows_of(REWARDS):
+    for group in REWARDS.tolist():
         mean, deviation = statistics.mean(group), statistics.stdev(group)
         expected.append([(r - mean) / (deviation + 1e-4) for r in group])
     others = {"rloo", "rloo_drift", "reinforce_pp", "reinforce_pp_drift", "reinforce_pp_baseline", "dr_grpo"}
@@ -29,20 +26,20 @@ def test_group_normalised():
 
 
 def test_group_centred():
-    """dr_grpo, and cpgd with equal weights: R - mean."""
-    expected = [[r - statistics.mean(group) for r in group] for group in rows_of(REWARDS)]
+    """dr_grpo, and cpgd with equal weights, compute R - mean."""
+    expected = [[r - statistics.mean(group) for r in group] for group in REWARDS.tolist()]
     assert ALGORITHMS["dr_grpo"].advantages(REWARDS, LENGTHS).tolist() == [pytest.approx(row) for row in expected]
     ours = ALGORITHMS["cpgd"].advantages(REWARDS, LENGTHS, advantage_weight="equal")
     assert ours.tolist() == [pytest.approx(row) for row in expected]
 
 
 def test_leave_one_out():
-    expected = [[r - statistics.mean(g[:i] + g[i + 1 :]) for i, r in enumerate(g)] for g in rows_of(REWARDS)]
+    expected = [[r - statistics.mean(g[:i] + g[i + 1 :]) for i, r in enumerate(g)] for g in REWARDS.tolist()]
     assert ALGORITHMS["rloo"].advantages(REWARDS, LENGTHS).tolist() == [pytest.approx(row) for row in expected]
 
 
 def whitened(rewards):
-    """By brute force: every token is written out with its response's reward."""
+    """Whiten by brute force: write out every token with the reward of its response."""
     tokens = [
         r
         for group, lengths in zip(rewards, LENGTHS.tolist(), strict=True)
@@ -55,14 +52,14 @@ def whitened(rewards):
 
 def test_batch_whitened():
     ours = ALGORITHMS["reinforce_pp"].advantages(REWARDS, LENGTHS)
-    assert ours.tolist() == [pytest.approx(row, rel=1e-12) for row in whitened(rows_of(REWARDS))]
+    assert ours.tolist() == [pytest.approx(row, rel=1e-12) for row in whitened(REWARDS.tolist())]
 
 
-def test_whitening_holds_back_where_rewards_hardly_differ():
-    """A variance of the size of the 1e-8 that is added to it."""
+def test_whitening_adds_1e_8_to_the_variance():
+    """Here the variance is about as large as the 1e-8 that is added to it."""
     nearly_equal = REWARDS * 1e-4
     ours = ALGORITHMS["reinforce_pp"].advantages(nearly_equal, LENGTHS)
-    assert ours.tolist() == [pytest.approx(row, rel=1e-9) for row in whitened(rows_of(nearly_equal))]
+    assert ours.tolist() == [pytest.approx(row, rel=1e-9) for row in whitened(nearly_equal.tolist())]
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1)])
@@ -73,14 +70,14 @@ def test_reinforce_pp_needs_neither_several_prompts_nor_groups(shape):
 
 
 def test_group_centred_then_whitened():
-    centred = [[r - statistics.mean(group) for r in group] for group in rows_of(REWARDS)]
+    centred = [[r - statistics.mean(group) for r in group] for group in REWARDS.tolist()]
     ours = ALGORITHMS["reinforce_pp_baseline"].advantages(REWARDS, LENGTHS)
     assert ours.tolist() == [pytest.approx(row) for row in whitened(centred)]
 
 
 @pytest.mark.parametrize(("informative", "weight"), [(0, 0.0), (1, 3.0), (2, 3.0), (3, 8 / 3), (4, 2.0), (8, 1.0)])
 def test_clip_filter_counts_prompts(informative, weight):
-    """min(3, N / informative prompts), N = 8; it counts prompts, not responses."""
+    """The weight is min(3, N / informative prompts) with N = 8. It counts prompts, not responses."""
     rewards = torch.full((8, 4), 0.3)
     rewards[:informative, 0] = 1.0
     assert WEIGHTS["clip_filter"](rewards).flatten().tolist() == pytest.approx([weight] * 8)
@@ -101,8 +98,8 @@ def test_equal_rewards_give_exactly_zero(name, reward, weight):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("weight", [None, *WEIGHTS])
-def test_what_all_rewards_have_in_common_changes_nothing(name, weight):
-    """To the last bit, up to where float32 ends to count in ones."""
+def test_a_constant_added_to_all_rewards_changes_no_bit(name, weight):
+    """From 2**23 on float32 counts in ones, so these sums are still exact."""
     rewards = torch.tensor([[1.0, 0.0, 3.0], [2.0, 2.0, 2.0], [0.0, 5.0, 1.0]])
     plain, shifted = (
         ALGORITHMS[name].advantages(r, LENGTHS[:, :3], advantage_weight=weight) for r in (rewards, rewards + 2**23)
@@ -110,15 +107,49 @@ def test_what_all_rewards_have_in_common_changes_nothing(name, weight):
     assert torch.equal(plain, shifted)
 
 
-def test_shape_and_dtype_are_kept():
+def test_advantages_keep_the_shape_and_dtype_of_the_rewards():
     for row in ALGORITHMS.values():
         advantages = row.advantages(REWARDS.float(), LENGTHS)
         assert advantages.shape == REWARDS.shape
         assert advantages.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_an_overridden_weight_is_the_weight_given_to_advantages(name, weight):
+    row = ALGORITHMS[name]
+    overridden = row.override(advantage_weight=weight)
+    assert overridden.weight is WEIGHTS[weight]
+    expected = row.advantages(REWARDS, LENGTHS, advantage_weight=weight)
+    assert torch.equal(overridden.advantages(REWARDS, LENGTHS), expected)
+
+
+def alone_in_their_groups(row):
+    """Return the advantages of four different rewards, each of which is a group."""
+    return row.advantages(torch.tensor([[0.0], [1.0], [3.0], [4.0]]), torch.ones(4, 1)).flatten()
+
+
+@pytest.mark.filterwarnings("ignore:std")  # The deviation of one number is 0 / 0, and torch warns.
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("weight", [None, *WEIGHTS])
+def test_a_row_needs_groups_where_a_group_of_one_has_no_advantage(name, weight):
+    """In every row that needs groups, the only response to a prompt has the advantage 0, or 0 / 0."""
+    row = ALGORITHMS[name].override(advantage_weight=weight)
+    advantages = alone_in_their_groups(row)
+    assert row.needs_groups == (not (advantages.isfinite() & (advantages != 0)).all())
+
+
+def test_only_reinforce_pp_with_equal_weights_needs_no_groups():
+    assert {name for name, row in ALGORITHMS.items() if not row.needs_groups} == {"reinforce_pp", "reinforce_pp_drift"}
+    for weight in ("std", "clip_filter"):
+        assert ALGORITHMS["reinforce_pp"].override(advantage_weight=weight).needs_groups
+        with pytest.raises(ConfigError, match="num_generations = 1: reinforce_pp compares the responses to one prompt"):
+            TrainConfig(algorithm="reinforce_pp", num_generations=1, advantage_weight=weight)
+    assert TrainConfig(algorithm="reinforce_pp", num_generations=1).num_responses == 16
+
+
 def test_auto_drift_coef():
-    """One failure among G - 1 successes under std weights is -(G - 1) / sqrt(G), SPEC's worst case."""
+    """With std weights, one failure among G - 1 successes has the advantage -(G - 1) / sqrt(G), the largest of all."""
     for group in (4, 16):
         rewards = torch.ones(1, group, dtype=torch.float64)
         rewards[0, 2] = 0.0

@@ -1,9 +1,8 @@
-"""Whatever is in a config, in a recipe or on a command line: it works, or it is one line."""
+"""Whatever a config, a recipe or a command line contains, it works or is one line."""
 
 import functools
 import io
 import json
-import random
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from anything import content, many, told, values
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import content, many, told, values
 
-import minicpgd.cli
-from minicpgd import TrainConfig, commands, inspecting, planning, train
+from minicpgd import TrainConfig, train
+from minicpgd.cli.main import COMMANDS, main
 from minicpgd.config import load_config
 from minicpgd.recipes import KNOWN, load_recipe
 
@@ -34,7 +33,7 @@ objects = st.dictionaries(st.sampled_from(sorted(FIELDS)) | st.text(max_size=9),
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("any")
+    return tmp_path_factory.mktemp("any_input")
 
 
 # Configs and recipes -------------------------------------------------------------------------------------------------
@@ -42,22 +41,22 @@ def folder(tmp_path_factory):
 
 @many(100)
 @given(objects)
-def test_any_object_is_a_config_or_a_line_that_names_its_field(folder, given):
+def test_any_object_is_a_config_or_a_line_that_names_its_field(folder, settings):
     path = folder / "config.json"
-    path.write_text(json.dumps(given))
+    path.write_text(json.dumps(settings))
     config = told(load_config, path)
     if isinstance(config, str):
         assert config.startswith(f"{path}: ")
-        assert "unknown fields" in config or any(name in config for name in given)
+        assert "unknown fields" in config or any(name in config for name in settings)
     else:
-        assert all(getattr(config, name) == value for name, value in given.items())
+        assert all(getattr(config, name) == value for name, value in settings.items())
 
 
 @many(100)
 @given(content | values.map(lambda value: json.dumps(value).encode()))
-def test_any_bytes_are_a_config_or_a_line_that_names_the_file(folder, given):
+def test_any_bytes_are_a_config_or_a_line_that_names_the_file(folder, written):
     path = folder / "config.json"
-    path.write_bytes(given)
+    path.write_bytes(written)
     config = told(load_config, path)
     assert isinstance(config, TrainConfig) or str(path) in config
 
@@ -71,12 +70,12 @@ def test_any_bytes_are_a_config_or_a_line_that_names_the_file(folder, given):
         ('{"seed": 1' + "0" * 30 + "}", "at most 9"),
     ],
 )
-def test_configs_that_json_reads_in_its_own_way(tmp_path, text, line):
+def test_a_config_that_json_would_misread_is_one_line(tmp_path, text, line):
     (tmp_path / "config.json").write_text(text)
     assert line in told(load_config, tmp_path / "config.json")
 
 
-def test_a_number_too_long_to_be_written_is_one_line():
+def test_a_number_that_is_too_long_to_be_printed_is_one_line():
     assert told(TrainConfig, seed=10**5000).startswith("seed = a value of type int: it has to be at most")
 
 
@@ -86,9 +85,9 @@ def test_a_number_too_long_to_be_written_is_one_line():
     | objects.map(lambda o: yaml.safe_dump({"train": o}).encode())
     | values.map(lambda v: yaml.safe_dump(v).encode())
 )
-def test_anything_is_a_recipe_or_a_line_that_names_the_file(folder, given):
+def test_anything_is_a_recipe_or_a_line_that_names_the_file(folder, written):
     path = folder / "mine.yaml"
-    path.write_bytes(given)
+    path.write_bytes(written)
     recipe = told(load_recipe, str(path))
     assert not isinstance(recipe, str) or recipe.startswith(f"{path}: ")
 
@@ -120,7 +119,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
     ids=range(16),
 )
-def test_yaml_that_is_no_recipe(tmp_path, monkeypatch, text):
+def test_yaml_that_is_no_recipe_is_one_line_and_runs_no_code(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(text)
     assert told(load_recipe, "mine.yaml").startswith("mine.yaml: ")
@@ -166,24 +165,20 @@ EXTREME = {
 
 
 @pytest.mark.parametrize("name", EXTREME)
-def test_the_ends_of_every_range_can_be_run_or_are_one_line(tmp_path, monkeypatch, name):
+def test_the_ends_of_every_range_can_be_trained_with_or_are_one_line(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    for value in EXTREME[name]:
+    for number, value in enumerate(EXTREME[name]):
         more = {"lora_r": 2} if name.startswith("lora") else {"task": "jsonl"} if name == "data" else {}
-        given = {"output_dir": f"run{random.random()}"} | TINY | more | {name: value}
-        told(lambda given=given: train(TrainConfig(**given)))
+        settings = {"output_dir": f"run{number}"} | TINY | more | {name: value}
+        told(lambda settings=settings: train(TrainConfig(**settings)))
 
 
 # Command lines -------------------------------------------------------------------------------------------------------
 
-COMMANDS = {
-    commands: ["train", "demo", "study", "pretrain"],
-    inspecting: ["evaluate", "sample", "export", "plot"],
-    planning: ["memory", "dry_run"],
-}
 FLAGS = ["--" + name.replace("_", "-") for name in FIELDS]
 WORDS = [
-    *sum(COMMANDS.values(), []),
+    *COMMANDS,
+    "dry_run",
     "--help",
     "-h",
     "--resume",
@@ -221,20 +216,25 @@ WORDS = [
 ]
 
 
-def typed(words):
-    """A command line whose command does nothing: exit code, standard output, standard error."""
+@pytest.fixture(scope="module")
+def empty_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("empty")
+
+
+def typed(words, empty_folder):
+    """Run a command line whose command does nothing. Return its exit code, standard output and standard error."""
     with (
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(io.StringIO()) as out,
         redirect_stderr(io.StringIO()) as err,
     ):
-        for module, names in COMMANDS.items():
-            for name in names:
-                patch.setattr(module, name, functools.wraps(getattr(module, name))(lambda *_, **__: None))
+        patch.chdir(empty_folder)
+        for name, command in COMMANDS.items():
+            patch.setitem(COMMANDS, name, functools.wraps(command)(lambda *_, **__: None))
         patch.setattr(sys, "argv", ["minicpgd", *words])
         patch.setattr(sys, "path", [*sys.path])
         try:
-            minicpgd.cli.main()
+            main()
             code = 0
         except SystemExit as leaving:
             code = leaving.code
@@ -244,10 +244,10 @@ def typed(words):
 @many(100)
 @given(
     st.lists(st.sampled_from(WORDS + FLAGS) | st.text(max_size=9), max_size=5)
-    | st.tuples(st.sampled_from(WORDS[:9]), st.sampled_from(FLAGS), st.sampled_from(WORDS)).map(list)
+    | st.tuples(st.sampled_from(list(COMMANDS)), st.sampled_from(FLAGS), st.sampled_from(WORDS)).map(list)
 )
-def test_any_words_are_a_command_or_one_line(words):
-    code, _, err = typed(words)
+def test_any_words_are_a_command_or_one_line(empty_folder, words):
+    code, _, err = typed(words, empty_folder)
     assert code in (0, 2)
     assert err.count("\n") == (1 if code else 0), err
     assert not code or (err.startswith("minicpgd: ") and err[:-1].isprintable()), err
@@ -262,9 +262,10 @@ def test_any_words_are_a_command_or_one_line(words):
         ("train x", 2, "x"),
     ],
 )
-def test_what_the_words_above_come_to(words, code, word):
-    got, out, err = typed(words.split())
-    assert (got, word in (err if code else out)) == (code, True)
+def test_right_words_call_a_command_and_wrong_words_are_named(words, code, word, empty_folder):
+    exit_code, out, err = typed(words.split(), empty_folder)
+    assert exit_code == code
+    assert word in (err if code else out)
 
 
 HUGE = "9" * 30
@@ -287,11 +288,11 @@ HUGE = "9" * 30
         "train --recipe /dev/null", "train --recipe /", "memory --recipe .",
     ],
 )  # fmt: skip
-def test_a_command_that_cannot_be_done_is_one_line(words, tmp_path, monkeypatch, capsys):
+def test_a_command_with_impossible_values_is_one_line(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["minicpgd", *words.split()])
     with pytest.raises(SystemExit) as leaving:
-        minicpgd.cli.main()
+        main()
     _, err = capsys.readouterr()
     assert leaving.value.code == 2
     assert err.startswith("minicpgd: ")

@@ -1,4 +1,4 @@
-"""Whatever a file of problems holds and a reward function does: it works, or it is one line."""
+"""Whatever a file of problems contains and whatever a reward function does, it works or is one line."""
 
 import json
 import math
@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from anything import content, damaged, many, told, values
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import content, damaged, many, told, values
 
-from minicpgd.rewards import call_reward, load_reward
-from minicpgd.tasks.files import find_files, read_files
+from minicpgd.tasks import call_reward, load_reward
+from minicpgd.tasks.data_files import find_files, read_files
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ GOOD = '{"prompt": "1+1=", "answer": "2"}\n'
     | st.dictionaries(st.sampled_from(["prompt", "answer", "level"]), values).map(lambda row: json.dumps(row).encode()),
     st.sampled_from([b"", GOOD.encode()]),
 )
-def test_any_bytes_are_problems_or_a_line_that_names_the_place(folder, given, before):
+def test_any_bytes_are_problems_or_a_line_that_names_the_place(folder, written, before):
     path = folder / "mine.jsonl"
-    path.write_bytes(before + given)
+    path.write_bytes(before + written)
     rows = told(read_files, [path])
     if isinstance(rows, str):
         assert rows.startswith((f"{path}, line ", f"{path}: empty"))
@@ -67,14 +67,14 @@ def test_any_bytes_are_problems_or_a_line_that_names_the_place(folder, given, be
     ],
     ids=range(14),
 )
-def test_problems_that_are_none(tmp_path, written, line):
+def test_a_file_with_a_bad_row_is_one_line(tmp_path, written, line):
     (tmp_path / "x.jsonl").write_bytes(written)
-    refused = told(read_files, [tmp_path / "x.jsonl"])
-    assert refused.startswith(str(tmp_path / "x.jsonl"))
-    assert line in refused
+    error = told(read_files, [tmp_path / "x.jsonl"])
+    assert error.startswith(str(tmp_path / "x.jsonl"))
+    assert line in error
 
 
-def test_problems_that_are_some(tmp_path):
+def test_byte_order_marks_line_ends_and_long_lines_change_no_problem(tmp_path):
     two = [{"prompt": "1+1=", "answer": "2"}] * 2
     for written in (
         b"\xef\xbb\xbf" + 2 * GOOD.encode(),
@@ -87,8 +87,8 @@ def test_problems_that_are_some(tmp_path):
     assert len(read_files([tmp_path / "x.jsonl"])[0]["prompt"]) == 10**7
 
 
-def test_what_is_no_file_is_one_line_and_nobody_waits(tmp_path):
-    """A pipe would be waited for, were it opened."""
+def test_what_is_no_file_is_one_line_and_a_pipe_is_not_opened(tmp_path):
+    """Opening the pipe would block until somebody writes to it."""
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
@@ -100,8 +100,8 @@ def test_what_is_no_file_is_one_line_and_nobody_waits(tmp_path):
         assert "cannot be read" in told(read_files, paths)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_one_line(tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission_to_read_is_one_line(tmp_path):
     (tmp_path / "x.jsonl").write_text(GOOD)
     (tmp_path / "x.jsonl").chmod(0)
     assert "Permission denied" in told(read_files, [tmp_path / "x.jsonl"])
@@ -127,17 +127,17 @@ def test_any_damage_to_a_parquet_file_is_rows_or_one_line(folder, data):
     assert isinstance(rows, list) or rows.startswith(str(path))
 
 
-@pytest.mark.parametrize("made", ["twice", "latin-1", "decimal", "date"])
-def test_parquet_that_is_not_what_it_seems(tmp_path, made):
+@pytest.mark.parametrize("flaw", ["column twice", "latin-1", "decimal", "date"])
+def test_a_parquet_file_with_a_flaw_is_one_line(tmp_path, flaw):
     columns, names = [pa.array(["a"]), pa.array(["1"]), pa.array(["2"])], ["prompt", "answer", "level"]
-    if made == "twice":
+    if flaw == "column twice":
         names[2] = "answer"
-    elif made == "latin-1":
+    elif flaw == "latin-1":
         columns[0] = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
     else:
         columns[1] = (
             pa.array([1], pa.int64()).cast(pa.decimal128(20))
-            if made == "decimal"
+            if flaw == "decimal"
             else pa.array([10**18], pa.timestamp("ms"))
         )
     pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "x.parquet")
@@ -205,14 +205,14 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("name", RETURNED)
-def test_what_is_returned_and_is_no_rewards_is_one_line(name):
-    refused = told(call_reward, lambda prompts, completions, answer: RETURNED[name], ROWS, ["x", "y"])
-    assert refused.startswith(f"reward function {__name__}:<lambda> r")
+def test_returned_values_that_are_no_rewards_are_one_line(name):
+    line = told(call_reward, lambda prompts, completions, answer: RETURNED[name], ROWS, ["x", "y"])
+    assert line.startswith(f"reward function {__name__}:<lambda> r")
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_what_is_returned_and_is_numbers_is_rewards(name):
-    """As in TRL, where it goes through torch.tensor."""
+def test_returned_values_that_are_numbers_are_rewards(name):
+    """TRL accepts the same values, because it passes them to torch.tensor."""
     assert call_reward(lambda prompts, completions, answer: NUMBERS[name], ROWS, ["x", "y"]) == [1.0, 0.5]
 
 
@@ -234,7 +234,7 @@ RAISED = [
 
 
 @pytest.mark.parametrize("error", RAISED, ids=range(len(RAISED)))
-def test_whatever_a_reward_function_raises_is_one_line(error):
+def test_any_error_of_a_reward_function_is_one_line(error):
     def mine(prompts, completions, answer):
         raise error
 
@@ -242,10 +242,10 @@ def test_whatever_a_reward_function_raises_is_one_line(error):
     assert told(call_reward, mine, ROWS, ["x", "y"]).startswith(f"reward function {__name__}:mine raised {name}")
 
 
-def test_a_module_that_leaves_when_it_is_imported_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "leaves.py").write_text("import sys\nsys.exit()\n")
+def test_a_module_that_exits_when_it_is_imported_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "exits_at_once.py").write_text("import sys\nsys.exit()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert told(load_reward, "leaves:f") == "reward = 'leaves:f': SystemExit"
+    assert told(load_reward, "exits_at_once:f") == "reward = 'exits_at_once:f': SystemExit"
 
 
 @many(100)

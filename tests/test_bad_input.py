@@ -1,25 +1,50 @@
-"""Bad input: one clear line, exit code 2, nothing lost."""
+"""Bad input gives one clear line and exit code 2, and nothing is lost."""
 
+import io
 import json
-import subprocess
+import shlex
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-import minicpgd.cli
 from minicpgd import TrainConfig, UserError, evaluate, load_run, train
+from minicpgd.cli.main import main
 from minicpgd.errors import ConfigError, NonFiniteError
-from minicpgd.learner import Learner
-from minicpgd.policy import load_policy
-from minicpgd.rewards import call_reward
-from minicpgd.trainer import Listener
+from minicpgd.models import load_policy
+from minicpgd.tasks import call_reward
+from minicpgd.training import Callbacks, Learner
+from minicpgd.training.run_folder import resume_command
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """A function that types a command in an empty folder and returns its line on standard error."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def type_command(*words):
+        monkeypatch.setattr(sys, "argv", ["minicpgd", *map(str, words)])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        error = capsys.readouterr().err
+        assert leaving.value.code == 2
+        assert error.startswith("minicpgd: ")
+        assert error.count("\n") == 1, error
+        assert not any(folder.iterdir())
+        return error
+
+    return type_command
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
         ({"algorithm": "cgpd"}, r"algorithm = 'cgpd': did you mean 'cpgd'\? choose from cpgd, grpo"),
+        ({"algorithm": "gppo"}, r"algorithm = 'gppo': did you mean 'grpo'\? choose from cpgd, grpo"),
         ({"algorithm": "ppo"}, r"algorithm = 'ppo': did you mean '\w+'\? choose from"),
         ({"algorithm": "q"}, r"algorithm = 'q': choose from"),
         ({"advantage_weight": "sdt"}, r"advantage_weight = 'sdt': did you mean 'std'"),
@@ -33,17 +58,21 @@ from minicpgd.trainer import Listener
         ({"num_generations": 1, "num_prompts": 1, "algorithm": "reinforce_pp"}, "needs at least 2"),
         (
             {"num_prompts": 3, "num_generations": 5, "num_minibatches": 4},
-            "num_minibatches = 4: does not divide .* = 15",
+            r"num_minibatches = 4: it has to divide num_prompts \* num_generations = 15$",
         ),
-        ({"epsilon": 1.0}, "epsilon = 1.0: it has to be between 0 and 1"),
-        ({"epsilon": 0}, "epsilon = 0: it has to be between 0 and 1"),
+        ({"epsilon": 1.0}, "epsilon = 1.0: it has to be less than 1$"),
+        ({"epsilon": 0}, "epsilon = 0: it has to be more than 0$"),
         ({"epsilon_high": -0.1}, "epsilon_high = -0.1: it has to be more than 0"),
         ({"drift_coef": -1.0}, "drift_coef = -1.0: it has to be at least 0"),
-        ({"drift_coef": "none"}, "drift_coef = 'none': float expected"),
-        ({"drift_coef": 1.0, "algorithm": "grpo"}, "drift_coef = 1.0: grpo has no drift; those with one are cpgd, pgd"),
+        ({"drift_coef": "none"}, "drift_coef = 'none': float or auto expected"),
+        (
+            {"drift_coef": 1.0, "algorithm": "grpo"},
+            "drift_coef = 1.0: grpo has no drift; these have one: cpgd, pgd, grpo_drift, .*",
+        ),
         ({"drift_clip": 0.0}, "drift_clip = 0.0: it has to be more than 0"),
         ({"temperature": 0.0}, "temperature = 0.0: it has to be at least 1e-06"),
-        ({"top_p": 1.5}, "top_p = 1.5: it has to be more than 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p = 1.5: it has to be at most 1$"),
+        ({"top_p": 0.0}, "top_p = 0.0: it has to be more than 0$"),
         ({"top_k": -1}, "top_k = -1: it has to be at least 0"),
         ({"learning_rate": 0.0}, "learning_rate = 0.0: it has to be more than 0"),
         ({"learning_rate": float("nan")}, "learning_rate = nan: float expected"),
@@ -55,13 +84,13 @@ from minicpgd.trainer import Listener
         ({"model": 3}, "model = 3: str expected"),
     ],
 )
-def test_a_config_that_cannot_run_is_none(changes, line):
+def test_settings_that_cannot_run_are_refused(changes, line):
     with pytest.raises(ConfigError, match=line) as caught:
         TrainConfig(**changes)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_fine_is_let_through():
+def test_unusual_settings_that_can_run_are_accepted():
     for changes in ({"num_generations": 1, "algorithm": "reinforce_pp"}, {"learning_rate": 1}, {"drift_coef": 0}):
         TrainConfig(**changes)
 
@@ -71,14 +100,14 @@ def test_what_is_fine_is_let_through():
     [("{", "not a readable config"), ("[1]", "no JSON object"), ('{"sede": 1}', "unknown fields: sede"),
      ('{"seed": "x"}', "seed = 'x': int expected"), ("\xff", "algorithm|readable")],
 )  # fmt: skip
-def test_a_config_file_that_cannot_be_read(tmp_path, content, line):
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path, content, line):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=line) as caught:
         load_run(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_metrics_that_cannot_be_read(small):
+def test_a_line_of_metrics_that_cannot_be_read_is_named(small):
     run = train(small())
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines()
@@ -87,7 +116,7 @@ def test_metrics_that_cannot_be_read(small):
         load_run(run)
 
 
-def test_models_that_cannot_be_loaded(tmp_path, policy):
+def test_a_model_that_cannot_be_loaded_is_one_line_with_the_reason(tmp_path, policy):
     with pytest.raises(UserError, match="neither|cannot be loaded"):
         load_policy("no/such-model")
     (tmp_path / "empty").mkdir()
@@ -116,7 +145,7 @@ def test_a_failed_start_leaves_no_folder(small):
     assert not config.folder.exists()
 
 
-def test_a_run_folder_that_exists(small):
+def test_a_run_does_not_overwrite_another(small):
     run = train(small())
     before = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"exists already.*train --resume"):
@@ -125,7 +154,7 @@ def test_a_run_folder_that_exists(small):
 
 
 def test_an_unfinished_run_cannot_be_evaluated(small):
-    run = train(small(), listener=Listener(stop=lambda: True))
+    run = train(small(), callbacks=Callbacks(should_stop=lambda: True))
     with pytest.raises(UserError, match="has not finished"):
         evaluate(run)
     with pytest.raises(UserError, match="there is no such task; choose from chain_arithmetic"):
@@ -140,7 +169,7 @@ ROWS = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
     [([1.0], "returned 1 rewards for 2 completions"), ([1.0, float("nan")], "returned nan for 'y'"),
      ([float("inf"), 0.0], "returned inf for 'x'"), (["1", 0.0], "returned '1' for 'x'"), (None, "raised TypeError")],
 )  # fmt: skip
-def test_a_reward_function_that_fails(returned, line):
+def test_wrong_rewards_are_named_with_their_function(returned, line):
     def mine(prompts, completions, answer):
         return returned
 
@@ -149,7 +178,7 @@ def test_a_reward_function_that_fails(returned, line):
     assert "mine" in str(caught.value)
 
 
-def test_a_reward_function_that_raises_in_training(small, tmp_path, monkeypatch):
+def test_a_reward_function_that_raises_or_is_missing_is_named(small, tmp_path, monkeypatch):
     (tmp_path / "bad.py").write_text("def mine(prompts, completions, **_):\n    raise RuntimeError('no\\nluck')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"reward function bad:mine raised RuntimeError: no"):
@@ -161,35 +190,39 @@ def test_a_reward_function_that_raises_in_training(small, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("where", ["weights", "loss"])
 def test_a_loss_that_is_not_finite_stops_the_run(small, monkeypatch, where):
-    """At step 2: the line names it, what to try, and the checkpoint of step 1 is there and whole."""
-    plain, config = Learner.update, small(save_steps=1)
+    """The line names step 2, advice, and the checkpoint of step 1, from which the run can continue."""
+    update, config = Learner.update, small(save_steps=1)
 
-    def poisoned(self, rollout, advantages, ref_logp, rows):
-        if len(list((config.folder / "checkpoints").iterdir())) == 2:  # steps 0 and 1 are saved
+    def poisoned_update(self, experience, rows):
+        if len(list((config.folder / "checkpoints").iterdir())) == 2:  # Steps 0 and 1 have been saved.
             if where == "weights":
                 with torch.no_grad():
                     next(self.policy.model.parameters())[3] = float("nan")
             else:
-                advantages = advantages * float("inf")
-        return plain(self, rollout, advantages, ref_logp, rows)
+                experience = replace(experience, advantages=experience.advantages * float("inf"))
+        return update(self, experience, rows)
 
-    monkeypatch.setattr(Learner, "update", poisoned)
+    monkeypatch.setattr(Learner, "update", poisoned_update)
     with pytest.raises(NonFiniteError, match=r"step 2: .*learning_rate") as caught:
         train(config)
     assert "step-000001" in str(caught.value)
-    monkeypatch.setattr(Learner, "update", plain)
+    monkeypatch.setattr(Learner, "update", update)
     train(config, resume=True)
-    whole = train(small("whole", save_steps=1))
-    assert (config.folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    uninterrupted = train(small("uninterrupted", save_steps=1))
+    assert (config.folder / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("train --algorithm cgpd", "did you mean 'cpgd'"),
-        ("train --epsilon 1.5", "epsilon = 1.5"),
+        ("train --algorithm cgpd", "algorithm = 'cgpd': did you mean 'cpgd'?"),
+        ("train --algorithm gppo", "algorithm = 'gppo': did you mean 'grpo'?"),
+        ("train --algoritm cpgd", "--algoritm, cpgd; did you mean --algorithm? (see minicpgd train --help)"),
+        ("train --dry-ran", "--dry-ran; did you mean --dry-run? (see minicpgd train --help)"),
+        ("train --numprompts 3", "--numprompts, 3; did you mean --num-prompts?"),
+        ("evaluate --num-problem 3", "did you mean --num-problems? (see minicpgd evaluate --help)"),
+        ("train --epsilon 1.5", "epsilon = 1.5: it has to be less than 1"),
         ("train --num-prompts many", "--num-prompts"),
-        ("train --numprompts 3", "--numprompts"),
         ("train --resume nowhere", "no config.json"),
         ("train --model nowhere/at-all", "model = 'nowhere/at-all'"),
         ("trian", "trian"),
@@ -199,32 +232,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, monkeypatch, where):
         ("", "demo, train"),
     ],
 )
-def test_the_command_line_says_it_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["minicpgd", *arguments.split()])
-    with pytest.raises(SystemExit) as leaving:
-        minicpgd.cli.main()
-    error = capsys.readouterr().err
-    assert leaving.value.code == 2
-    assert error.count("\n") == 1, error
-    assert words in error
-    assert not any(tmp_path.rglob("*.json"))
+def test_a_mistake_on_the_command_line_is_one_line_and_leaves_no_file(arguments, words, refused):
+    assert words in refused(*arguments.split())
 
 
-def test_a_resume_on_the_command_line_names_what_changed(small):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_mistyped_flag_is_a_short_line_on_any_terminal(encoding, refused, monkeypatch):
+    """On a terminal without UTF-8, tyro draws another frame around its message."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    line = "minicpgd: Unrecognized options: --dry-ran; did you mean --dry-run? (see minicpgd train --help)\n"
+    assert refused("train", "--dry-ran") == line
+
+
+def test_a_resume_on_the_command_line_names_what_changed(small, refused):
     run = train(small())
-    done = subprocess.run(
-        [sys.executable, "-m", "minicpgd", "train", "--resume", str(run), "--seed", "7", "--epsilon", "0.3"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "seed was 0, is 7" in done.stderr
-    assert "epsilon was 0.2, is 0.3" in done.stderr
+    line = refused("train", "--resume", run, "--seed", 7, "--epsilon", 0.3)
+    assert "seed was 0, is 7" in line
+    assert "epsilon was 0.2, is 0.3" in line
     assert json.loads((run / "config.json").read_text())["seed"] == 0
 
 
-def test_a_folder_that_cannot_be_made_is_not_one_to_go_on_with(small, tmp_path):
-    """Nothing was begun there; a run that was begun is told how to go on (test_a_full_disk)."""
+def test_the_command_that_resumes_a_run_can_be_pasted_into_a_shell(small, refused):
+    """Also if the folder's name has spaces and a quotation mark."""
+    config = small("Ada's first run")
+    run = train(config, callbacks=Callbacks(should_stop=lambda: True))
+    hint = resume_command(run)
+    assert shlex.split(hint.strip("`")) == ["minicpgd", "train", "--resume", str(run)]
+    assert hint in refused("evaluate", run)
+    with pytest.raises(ConfigError) as caught:
+        train(config)
+    assert f"continue it with {hint}" in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_created_gives_no_advice_to_resume(small, tmp_path):
+    """A run that has begun gives that advice; see test_resume.py."""
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run: cannot be written \(.*\); choose another with --output-dir$"):
         train(small("file/run"))

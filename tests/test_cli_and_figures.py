@@ -1,59 +1,66 @@
 """The commands as a user types them, and the figures as they are drawn."""
 
+import functools
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-import minicpgd.cli
-from minicpgd import load_run, plots, train
-from minicpgd.demo import demo_configs
-from minicpgd.outcome import outcome
-from minicpgd.policy import load_policy
-from minicpgd.pretrain import largest_difference, measure, pretrain
-from minicpgd.study import run_all
+import minicpgd
+from minicpgd import UserError, load_run, plots, train
+from minicpgd.cli.main import COMMANDS, main
+from minicpgd.config import GROUPS, TrainConfig
+from minicpgd.experiments import outcome, run_all
+from minicpgd.experiments.demo import demo_configs
+from minicpgd.models import EMBEDDED, load_policy
+from minicpgd.models.pretrain import largest_difference, measure, pretrain
 
-
-def main(arguments, monkeypatch, capsys):
-    """The command line in this process, which saves the seconds that imports take."""
-    monkeypatch.setattr(sys, "argv", ["minicpgd", *map(str, arguments)])
-    try:
-        minicpgd.cli.main()
-    except SystemExit as leaving:
-        assert not leaving.code, capsys.readouterr().err  # noqa: PT017 (--help leaves, too)
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return out
+SECONDS = 3600  # This limit only ends a process that hangs; the demo below takes half a minute on two idle cores.
 
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    return lambda *arguments: main(arguments, monkeypatch, capsys)
+    """A function that types a command in this process, which saves the seconds that imports take."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def type_command(*words):
+        monkeypatch.setattr(sys, "argv", ["minicpgd", *map(str, words)])
+        try:
+            main()
+        except SystemExit as leaving:
+            assert not leaving.code, capsys.readouterr().err  # noqa: PT017 (--help leaves, too)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return out
+
+    return type_command
 
 
 def test_the_demo_from_end_to_end(tmp_path):
-    """All four algorithms in processes of their own, at a sixteenth of the updates."""
-    done = subprocess.run(
+    """It trains all four algorithms in processes of their own, here with a sixteenth of the updates."""
+    demo = subprocess.run(
         [sys.executable, "-m", "minicpgd", "demo", "--max-steps", "10", "--num-iterations", "1"],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        capture_output=True, text=True, timeout=SECONDS, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    out = done.stdout
+    assert demo.returncode == 0, demo.stderr
+    out = demo.stdout
     for words in ("CPGD", "GRPO", "RLOO", "REINFORCE++", "collapsed", "curves.png", "minicpgd sample runs/demo/cpgd"):
         assert words in out
     for figure in ("curves.png", "ratios.png"):
         assert (tmp_path / "runs" / "demo" / figure).stat().st_size > 20_000
     result = outcome(tmp_path / "runs" / "demo" / "cpgd")
-    row = next(line for line in out.splitlines() if line.strip().startswith("CPGD ") and "yes" in line or "no" in line)
+    (row,) = [line for line in out.splitlines() if re.match(r" *CPGD .* (yes|no) ", line)]
     assert f"{result.accuracy_before:.2f}" in row
     assert f"{result.accuracy_final:.2f}" in row
     assert result.accuracy_best >= result.accuracy_final > result.accuracy_before
 
 
-def test_the_demos_runs_differ_in_the_algorithm_alone(tmp_path):
+def test_the_runs_of_the_demo_differ_in_the_algorithm_alone(tmp_path):
     configs = demo_configs(tmp_path, seed=3)
     assert [c.algorithm for c in configs] == ["cpgd", "grpo", "rloo", "reinforce_pp"]
     same = [{k: v for k, v in vars(c).items() if k not in ("algorithm", "output_dir")} for c in configs]
@@ -61,7 +68,7 @@ def test_the_demos_runs_differ_in_the_algorithm_alone(tmp_path):
     assert configs[0].updates_per_rollout == 64
 
 
-def test_sample_evaluate_and_plot(small, tmp_path, cli, monkeypatch):
+def test_sample_evaluate_and_plot_show_a_run(small, tmp_path, cli, monkeypatch):
     out = cli("sample", "--num-problems", 5)
     assert sum(line.startswith(("right", "wrong")) for line in out.splitlines()) == 5
     assert out.splitlines()[-1] == f"{out.count('right  ')} of 5 right"
@@ -75,28 +82,95 @@ def test_sample_evaluate_and_plot(small, tmp_path, cli, monkeypatch):
     ]  # fmt: skip
     cli("plot", run, "--out", tmp_path / "figures")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"curves.png", "ratios.png"}
-    monkeypatch.setattr("minicpgd.inspecting.console", Console(force_terminal=True, color_system="standard"))
+    monkeypatch.setattr("minicpgd.cli.inspect.console", Console(force_terminal=True, color_system="standard"))
     assert "\x1b[32mright\x1b[0m" in cli("sample", "--num-problems", 40)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "evaluate", "sample", "study", "plot", "memory", "pretrain"])
-def test_help_is_complete(command, cli):
-    """Every flag has a sentence."""
-    out = cli(*command.split(), "--help")
-    assert out.startswith("usage: minicpgd")
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", out.partition("options")[2]).split())
+def test_the_figures_of_different_runs_go_to_different_folders(small, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        train(small(name, seed=len(name), max_steps=1))
+    drawn = {}
+    for runs in (["first"], ["second"], ["first", "second"], ["second", "first"]):
+        words = cli("plot", *runs).split()
+        assert words[::2] == ["figure", "figure"]
+        for path in words[1::2]:
+            assert path not in drawn  # No other runs have their figures there.
+            drawn[path] = (tmp_path / path).read_bytes()
+    assert {path.split("/")[0] for path in drawn} == {"figures"}
+    assert {path: (tmp_path / path).read_bytes() for path in drawn} == drawn
+    assert set(cli("plot", "first").split()[1::2]) < set(drawn)  # The same runs have the same folder.
+
+
+def test_seven_runs_with_long_names_can_be_drawn_without_naming_a_folder(small, tmp_path, monkeypatch, cli):
+    """A study's runs have such names."""
+    monkeypatch.chdir(tmp_path)
+    run = train(small(max_steps=1))
+    names = [f"runs/studies/runs/reinforce_pp-seed{seed}-0123456789" for seed in range(100, 107)]
+    for name in names:
+        shutil.copytree(run, tmp_path / name)
+    for path in cli("plot", *names).split()[1::2]:
+        assert (tmp_path / path).stat().st_size > 20_000
+
+
+def test_the_version_is_printed(cli):
+    assert cli("--version") == f"minicpgd {minicpgd.__version__}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", minicpgd.__version__)
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("demo", "; the same command begins a new demo"),
+        ("study map", "; the same command continues the study"),
+        ("sample", ""),
+        ("plot run", ""),
+    ],
+)
+def test_the_line_after_ctrl_c_says_what_the_same_command_does(words, advice, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    command = words.split()[0]
+    monkeypatch.setitem(COMMANDS, command, functools.wraps(COMMANDS[command])(interrupted))
+    monkeypatch.setattr(sys, "argv", ["minicpgd", *words.split()])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 130
+    assert capsys.readouterr().err == f"minicpgd: stopped. Finished work is kept{advice}\n"
+
+
+def described_flags(text):
+    """The flags in some text of --help, each with its sentence."""
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
     described = {}
     for chunk in re.split(r"(?<![a-z])--(?=[a-z])", text)[1:]:
         flag, _, words = chunk.partition(" ")
         described[flag.rstrip(",")] = re.sub(r"\(default:.*", "", words)
+    return described
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_a_sentence_for_every_flag(command, cli):
+    out = cli(*command.split(), "--help")
+    assert out.startswith("usage: minicpgd")
+    described = described_flags(out.partition("options")[2])
     for flag, words in described.items():
         assert f"no-{flag}" in described or len(re.findall("[a-z]{2,}", words)) >= 2, flag
     if command == "train":
-        from dataclasses import fields
-
-        from minicpgd import TrainConfig
-
         assert {field.name.replace("_", "-") for field in fields(TrainConfig)} | {"resume"} <= set(described)
+
+
+@pytest.mark.parametrize("command", ["train", "memory"])
+def test_help_has_one_section_for_each_group_of_settings(command, cli):
+    """tyro draws a title in a frame or above a line, as the terminal allows."""
+    _, *sections = re.split(r"^[╭─ ]*(?:(\w+) )?options[─╮ ]*$", cli(command, "--help"), flags=re.MULTILINE)
+    assert sections[::2] == [None, "objective", "task", "model", "sampling", "loop"]
+    for name, text in zip(sections[2::2], sections[3::2], strict=True):
+        settings = {field.name.replace("_", "-") for field in fields(GROUPS[name])}
+        described = set(described_flags(text))
+        assert described - {f"no-{flag}" for flag in settings} == settings
 
 
 def test_the_figures_show_the_runs(small):
@@ -117,29 +191,23 @@ def test_the_figures_show_the_runs(small):
     assert all(axis.get_yscale() == "log" for axis in ratios.axes)
 
 
-def test_a_failing_run_is_told_in_one_line(small):
-    """In a process of its own, too."""
-    from minicpgd import UserError
-
+def test_a_run_that_fails_in_its_own_process_raises_its_line_here(small):
     with pytest.raises(UserError, match="no/such-model"):
         run_all([small("a", model="no/such-model"), small("b")], on_wait=lambda: None, jobs=1)
 
 
-def test_the_embedded_model_is_what_it_is_said_to_be(policy):
-    """It can work a problem out, and rarely does."""
+def test_the_embedded_model_can_work_a_problem_out_and_rarely_does(policy):
     measured = measure(policy)
     assert 0.25 <= measured.accuracy <= 0.40
     assert 0.10 <= measured.worked_share <= 0.25
     assert measured.worked_accuracy >= 0.80
     assert measured.guess_accuracy < 0.35
-    from minicpgd.policy import EMBEDDED
-
     assert sum(p.stat().st_size for p in EMBEDDED.iterdir() if p.suffix in (".json", ".safetensors")) < 1_000_000
     assert sum(p.numel() for p in policy.model.parameters()) == 107_968
 
 
 def test_pretraining_makes_a_model_from_a_seed(tmp_path, cli):
-    """A few steps of it: the same seed the same model, another seed another; the folder loads."""
+    """After a few steps, the same seed has given the same model, and another seed another. The folder loads."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         pretrain(tmp_path / name, seed=seed, steps=3)
     assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
@@ -148,5 +216,5 @@ def test_pretraining_makes_a_model_from_a_seed(tmp_path, cli):
     loaded = load_policy(str(tmp_path / "a"))
     assert loaded.tokenizer.decode(loaded.tokenizer("7+5*3=")["input_ids"]) == "7+5*3="
     out = cli("pretrain", "--folder", tmp_path / "d", "--steps", 3)
-    assert "the weights are not those shipped" in out
+    assert "the weights are not those that ship" in out
     assert "worked share" in out

@@ -1,14 +1,14 @@
-"""How large must the drift be? SPEC's closed form on a policy small enough to enumerate.
+"""How large must the drift be? The closed form is tested on a policy whose actions can be enumerated.
 
-With exact expectations, no clip and an advantage of mean 0, the maximum is pi_old * (1 + A / alpha) where
-alpha > -min A, and the objective runs away where alpha is smaller. This is our derivation, not the paper's.
+Expectations are exact, nothing is clipped, and the mean advantage is 0. With alpha > -min A the maximum is at
+pi_old * (1 + A / alpha). With a smaller alpha the objective has no maximum. The derivation is ours, not the paper's.
 """
 
 import pytest
 import torch
 
-from minicpgd import ALGORITHMS
-from minicpgd.algorithms import auto_drift_coef
+from minicpgd import ALGORITHMS, LossSettings
+from minicpgd.algorithms.loss import auto_drift_coef
 
 COUNTS = torch.tensor([4, 3, 2, 1])
 OLD = (COUNTS / COUNTS.sum()).double()
@@ -18,16 +18,13 @@ ACTIONS = torch.repeat_interleave(torch.arange(4), COUNTS)
 
 
 def ascend(alpha, steps, name="pgd", learning_rate=1.0):
-    """Gradient ascent on the logits through the table's own loss, over all samples in their exact proportions."""
+    """Maximise the table's own objective over the logits, on all actions in their exact proportions."""
     theta = OLD.log().requires_grad_()
+    old_logp, mask = OLD.log()[ACTIONS][:, None], torch.ones(10, 1)
+    settings = LossSettings(drift_coef=alpha, drift_clip=1e9)
     for _ in range(steps):
         logp = theta.log_softmax(-1)[ACTIONS][:, None]
-        loss = (
-            ALGORITHMS[name]
-            .loss(logp, OLD.log()[ACTIONS][:, None], A[ACTIONS], torch.ones(10, 1), drift_coef=alpha, drift_clip=1e9)
-            .loss
-        )
-        (g,) = torch.autograd.grad(loss, theta)
+        (g,) = torch.autograd.grad(ALGORITHMS[name].loss(logp, old_logp, A[ACTIONS], mask, settings).loss, theta)
         theta = (theta - learning_rate * g).detach().requires_grad_()
     return theta.detach().softmax(-1)
 
@@ -43,7 +40,8 @@ def test_above_the_bound_ascent_ends_at_the_closed_form(factor):
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 0.9])
-def test_below_the_bound_the_worst_action_dies(factor):
+def test_below_the_bound_the_objective_has_no_maximum(factor):
+    """The probability of the worst action becomes smaller without end."""
     alpha = -factor * A.min().item()
     probabilities = [ascend(alpha, steps)[A.argmin()].item() for steps in (100, 1000, 10_000)]
     assert probabilities[0] > probabilities[1] > probabilities[2]
@@ -51,7 +49,7 @@ def test_below_the_bound_the_worst_action_dies(factor):
 
 
 def test_auto_is_never_below_the_bound():
-    """Ratios end at 1 + A / alpha, all in [0, 2]; that of the worst action at 0, which ascent nears as 1 / steps."""
+    """Ratios end at 1 + A / alpha, in [0, 2]. That of the worst action ends at 0, and approaches it as 1 / steps."""
     alpha = auto_drift_coef(A)
     assert alpha >= -A.min()
     closed_form = 1 + A / alpha
@@ -61,12 +59,10 @@ def test_auto_is_never_below_the_bound():
     assert alpha == pytest.approx(A.abs().max().item())
 
 
-def test_the_drift_is_idle_at_the_old_policy():
+def test_the_drift_has_neither_value_nor_gradient_at_the_old_policy():
     logp = OLD.log()[ACTIONS][:, None].requires_grad_()
-    losses = [
-        ALGORITHMS["cpgd"].loss(logp, logp.detach(), A[ACTIONS], torch.ones(10, 1), drift_coef=alpha).loss
-        for alpha in (0.0, 30.0)
-    ]
+    settings = [LossSettings(drift_coef=alpha) for alpha in (0.0, 30.0)]
+    losses = [ALGORITHMS["cpgd"].loss(logp, logp.detach(), A[ACTIONS], torch.ones(10, 1), s).loss for s in settings]
     assert losses[0].item() == losses[1].item()
     with_drift, without = (torch.autograd.grad(loss, logp, retain_graph=True)[0] for loss in losses[::-1])
     assert torch.equal(with_drift, without)

@@ -1,11 +1,11 @@
-"""Divergences against an enumerable policy and finite differences."""
+"""Divergences are compared with sums over all actions and with finite differences."""
 
 import math
 
 import pytest
 import torch
 
-from minicpgd.divergence import bounded_drift, exact_kl, k1, k2, k3
+from minicpgd.algorithms.divergence import bounded_drift, exact_kl, k1, k2, k3
 
 P_LOGITS = torch.tensor([0.3, -1.0, 0.7, 0.0, -0.4], dtype=torch.float64)
 Q_LOGITS = torch.tensor([0.1, -0.6, 0.9, -0.3, -0.2], dtype=torch.float64)
@@ -21,21 +21,21 @@ def test_exact_kl_is_the_sum_over_actions():
     assert exact_kl(P_LOGITS, Q_LOGITS).item() != pytest.approx(kl_by_hand(q, p), rel=1e-2)
 
 
-def test_exact_kl_is_that_of_each_row():
+def test_exact_kl_is_computed_for_each_row():
     both, swapped = torch.stack([P_LOGITS, Q_LOGITS]), torch.stack([Q_LOGITS, P_LOGITS])
     p, q = P_LOGITS.softmax(-1), Q_LOGITS.softmax(-1)
     assert exact_kl(both, swapped).tolist() == pytest.approx([kl_by_hand(p, q), kl_by_hand(q, p)], abs=1e-12)
 
 
-def test_exact_kl_ignores_what_never_happens():
+def test_exact_kl_ignores_actions_of_probability_zero():
     p = torch.tensor([0.0, 0.0, -math.inf])
     q = torch.tensor([0.0, 0.0, 0.0])
     assert exact_kl(p, q).item() == pytest.approx(math.log(3 / 2))
     assert exact_kl(torch.stack([p, q]), torch.stack([q, q])).shape == (2,)
 
 
-def test_the_estimators_mean():
-    """k1 and k3 have the KL as mean, k2 only nearly; single values by hand."""
+def test_the_mean_of_the_estimators():
+    """The mean of k1 and of k3 is the KL, and that of k2 is near it. Three values are computed by hand."""
     p = P_LOGITS.softmax(-1)
     e = Q_LOGITS.log_softmax(-1) - P_LOGITS.log_softmax(-1)
     kl = kl_by_hand(p, Q_LOGITS.softmax(-1))
@@ -53,11 +53,11 @@ def test_k3_is_never_negative_in_float32():
     assert (k3(d) >= 0).all()
 
 
-def test_what_the_estimators_gradients_mean_on_policy():
-    """With samples of pi_theta itself: k1's gradient vanishes, k2's is KL(pi||ref)'s, k3's is KL(ref||pi)'s."""
+def test_the_gradients_of_the_estimators_on_policy():
+    """On samples of pi_theta itself k1 has the gradient 0, k2 that of KL(pi || ref), and k3 that of KL(ref || pi)."""
     theta = P_LOGITS.clone().requires_grad_()
     ref = Q_LOGITS.log_softmax(-1)
-    weights = theta.softmax(-1).detach()  # the samples are not differentiated
+    weights = theta.softmax(-1).detach()  # The samples are not differentiated.
 
     def gradient(value):
         return torch.autograd.grad(value, theta, retain_graph=True)[0]
@@ -68,8 +68,8 @@ def test_what_the_estimators_gradients_mean_on_policy():
     torch.testing.assert_close(gradient((weights * k3(e)).sum()), gradient(exact_kl(ref, theta)))
 
 
-def test_the_drifts_gradient_means_what_it_says_off_policy():
-    """With samples of pi_old, k1 and k3 both differentiate to the gradient of KL(pi_old||pi_theta)."""
+def test_the_gradients_of_the_estimators_off_policy():
+    """On samples of pi_old, the derivatives of k1 and k3 are the gradient of KL(pi_old || pi_theta)."""
     theta = Q_LOGITS.clone().requires_grad_()
     old = P_LOGITS.log_softmax(-1)
     exact = torch.autograd.grad(exact_kl(P_LOGITS, theta), theta)[0]
@@ -80,7 +80,7 @@ def test_the_drifts_gradient_means_what_it_says_off_policy():
 
 @pytest.mark.parametrize("bound", [0.5, 2.0, 5.0])
 def test_bounded_drift(bound):
-    """Value k3 up to the knee; slope min(r - 1, c) everywhere, by hand and by finite differences."""
+    """Its value is k3 up to the knee, and its slope min(r - 1, c) everywhere, by hand and by finite differences."""
     ratios = torch.tensor([1e-6, 0.1, 0.9, 1.0, 1.1, 1.4, 2.9, 3.1, 5.9, 6.1, 1e4], dtype=torch.float64)
     d = ratios.log().requires_grad_()
     slope = torch.autograd.grad(bounded_drift(d, bound).sum(), d)[0]
@@ -94,7 +94,7 @@ def test_bounded_drift(bound):
     assert torch.autograd.grad(bounded_drift(at_the_knee, bound), at_the_knee)[0].item() == pytest.approx(bound)
 
 
-def test_bounded_drift_survives_any_ratio():
+def test_bounded_drift_is_finite_at_any_ratio():
     d = torch.tensor([-1000.0, -100.0, 100.0, 1000.0], requires_grad=True)
     value = bounded_drift(d, 2.0)
     assert value.isfinite().all()

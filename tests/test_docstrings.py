@@ -1,4 +1,4 @@
-"""Every public name says what it is: shapes, units, errors, source. The docstrings are the documentation."""
+"""Every public name has a docstring with shapes, units, errors and source. The docstrings are the documentation."""
 
 import ast
 import importlib
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PATHS = sorted((ROOT / "minicpgd").rglob("*.py"))
-NAMES = [str(path.relative_to(ROOT)) for path in PATHS]
+PACKAGE = ROOT / "minicpgd"
+PATHS = sorted(PACKAGE.rglob("*.py"))
 SHAPE = re.compile(r"\([A-Za-z.]+(?: [*+] \w+)?,[\w +*.,()]*\)|scalar|any shape|same shape")
 UNITS = {
     "nats": r"log_?probs?|logp|log_ratio|entropy|logits",
@@ -20,12 +20,18 @@ UNITS = {
     "bytes": r"_bytes$",
 }
 SOURCE = re.compile(r"arXiv|\b\d{4}\.\d{5}\b|Schulman|equation|[Oo]urs|1951|Wilson|bootstrap")
-FORMULAS = ("divergence", "advantages", "surrogates", "algorithms", "evaluation", "stats")
-COMMANDS = ("commands", "inspecting", "planning")  # a docstring there is what --help prints; cli.py tells every error
+FORMULAS = (*sorted((PACKAGE / "algorithms").glob("*.py")), PACKAGE / "training/evaluation.py",
+            PACKAGE / "experiments/statistics.py")  # fmt: skip
+# `--help` prints the docstrings of these modules, and cli/main.py reports every error of a command in one line.
+COMMANDS = [PACKAGE / "cli" / f"{name}.py" for name in ("train", "study", "inspect", "plan")]
+
+
+def name_of(path):
+    return str(path.relative_to(PACKAGE))
 
 
 def public(path):
-    """(name, node, what its class and module say) of every public function, class and method."""
+    """Yield name, node, and the docstrings around it, for every public function, class and method."""
     tree = ast.parse(path.read_text())
     module = ast.get_docstring(tree) or ""
     for node in tree.body:
@@ -43,7 +49,7 @@ def arguments(node):
 
 
 def escaping(node):
-    """The names of the errors that a function raises itself, and does not catch."""
+    """Yield the names of the errors that a function raises itself and does not catch."""
     pending = [(statement, False) for statement in node.body]
     while pending:
         here, caught = pending.pop()
@@ -57,67 +63,71 @@ def escaping(node):
         pending += [(child, caught or child in tried) for child in ast.iter_child_nodes(here)]
 
 
-@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_the_modules_with_formulas_and_with_commands_exist():
+    assert all(path.is_file() for path in (*FORMULAS, *COMMANDS))
+    assert len(FORMULAS) == 9
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name_of)
 def test_every_public_name_has_a_docstring(path):
     assert ast.get_docstring(ast.parse(path.read_text())), "the module has none"
     assert [name for name, node, _ in public(path) if not ast.get_docstring(node)] == []
 
 
-@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+@pytest.mark.parametrize("path", PATHS, ids=name_of)
 def test_tensors_have_shapes(path):
-    """In the function's own docstring, or once for all at the top of its class or module."""
-    silent = []
+    """The shape stands in the function's own docstring, or once for all at the top of its class or module."""
+    missing = []
     for name, node, around in public(path):
         if isinstance(node, ast.FunctionDef):
             signature = " ".join(ast.unparse(a.annotation) for a in arguments(node))
             signature += ast.unparse(node.returns) if node.returns else ""
             if "Tensor" in signature and not SHAPE.search(f"{ast.get_docstring(node)}\n{around}"):
-                silent.append(name)
-    assert silent == []
+                missing.append(name)
+    assert missing == []
 
 
-@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+@pytest.mark.parametrize("path", PATHS, ids=name_of)
 def test_quantities_have_units(path):
-    silent = []
+    missing = []
     for name, node, around in public(path):
         if isinstance(node, ast.FunctionDef):
-            said = f"{ast.get_docstring(node)}\n{around}"
+            text = f"{ast.get_docstring(node)}\n{around}"
             for unit, quantity in UNITS.items():
                 numbers = [a.arg for a in arguments(node) if re.search(r"Tensor|int|float", ast.unparse(a.annotation))]
-                if any(re.search(quantity, argument) for argument in numbers) and unit not in said:
-                    silent.append(f"{name}: {unit}")
-    assert silent == []
+                if any(re.search(quantity, argument) for argument in numbers) and unit not in text:
+                    missing.append(f"{name}: {unit}")
+    assert missing == []
 
 
-@pytest.mark.parametrize("path", [p for p in PATHS if p.stem not in COMMANDS], ids=lambda p: str(p.relative_to(ROOT)))
-def test_errors_are_told(path):
+@pytest.mark.parametrize("path", [path for path in PATHS if path not in COMMANDS], ids=name_of)
+def test_docstrings_name_the_errors_that_a_function_raises(path):
     errors = importlib.import_module("minicpgd.errors")
-    silent = []
+    missing = []
     for name, node, _ in public(path):
         if isinstance(node, ast.FunctionDef):
             for raised in escaping(node):
                 kinds = [kind.__name__ for kind in inspect.getmro(getattr(errors, raised, ValueError))]
                 if not any(re.search(rf"\b{kind}:", ast.get_docstring(node) or "") for kind in {raised, *kinds[:-3]}):
-                    silent.append(f"{name}: {raised}")
-    assert silent == []
+                    missing.append(f"{name}: {raised}")
+    assert missing == []
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-def test_formulas_have_a_source(name):
-    """In the function's own docstring, or at the top of the module, on a line that names it or on one for all."""
-    path = ROOT / "minicpgd" / f"{name}.py"
-    silent = []
-    for public_name, node, around in public(path):
+@pytest.mark.parametrize("path", FORMULAS, ids=name_of)
+def test_formulas_have_a_source(path):
+    """The function's own docstring names it, or a line at the top of the module does that names the function."""
+    missing = []
+    for name, node, around in public(path):
         own = ast.get_docstring(node) or ""
         if isinstance(node, ast.FunctionDef) and "$" in own and not SOURCE.search(own):
-            lines = [line for line in around.splitlines() if f"`{public_name}`" in line]
+            lines = [line for line in around.splitlines() if f"`{name}`" in line]
             if not any(SOURCE.search(line) for line in lines):
-                silent.append(public_name)
-    assert silent == []
+                missing.append(name)
+    assert missing == []
 
 
 def test_docstrings_with_a_backslash_are_raw():
-    """Else Python reads `\\frac` as a form feed and `rac`."""
+    """Otherwise Python reads `\\frac` as a form feed and `rac`."""
     found = []
     folders = ("minicpgd", "notebooks", "docs", "tests", "benchmarks")
     for path in [path for folder in folders for path in (ROOT / folder).rglob("*.py")]:
@@ -129,7 +139,7 @@ def test_docstrings_with_a_backslash_are_raw():
                     docstrings.add((statement.lineno, statement.col_offset))
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
             if token.start in docstrings and token.type == tokenize.STRING:
-                cooked = not token.string.lower().startswith("r")
-                if cooked and "\\" in token.string.replace("\\\\", ""):
+                is_raw = token.string.lower().startswith("r")
+                if not is_raw and "\\" in token.string.replace("\\\\", ""):
                     found.append(f"{path.relative_to(ROOT)}:{token.start[0]}")
     assert found == []

@@ -1,14 +1,16 @@
-"""The gradient of every row of the table: by hand, by finite differences, and against exact expectations."""
+"""The gradient of every row of the table is tested by hand, by finite differences, and on exact expectations."""
 
 import math
 from dataclasses import FrozenInstanceError, replace
 
+import conftest
 import numpy as np
 import pytest
 import torch
 
-from minicpgd import ALGORITHMS
-from minicpgd.surrogates import ratio
+from minicpgd import ALGORITHMS, LossSettings
+from minicpgd.algorithms import AGGREGATIONS, LEVELS
+from minicpgd.algorithms.surrogates import per_sequence_mean, per_token, ratio
 
 EPS, ALPHA, BOUND = 0.2, 0.7, 2.0
 RATIOS = [1e-9, 1e-3, 0.3, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.9, 3.1, 1e3, 1e9]
@@ -23,7 +25,7 @@ def drift(r):
     return ALPHA * min(r - 1, BOUND)
 
 
-# What each row does to one token of ratio r: the derivative of its objective (to be maximised) in log pi_theta.
+# The derivative of each row's objective in log pi_theta, for one token of ratio r. The objective is maximised.
 BY_HAND = {
     "cpgd": lambda r, A: (0 if clipped_side(r, A) else A) - drift(r),
     "cpg": lambda r, A: 0 if clipped_side(r, A) else A,
@@ -47,7 +49,7 @@ BY_HAND = {
 
 def loss_of(name, logp, old_logp, advantages, mask, **changes):
     settings = {"epsilon": EPS, "drift_coef": ALPHA, "drift_clip": BOUND, "max_completion_length": mask.shape[1]}
-    return ALGORITHMS[name].loss(logp, old_logp, advantages, mask, **(settings | changes))
+    return conftest.loss_of(name, logp, old_logp, advantages, mask, **(settings | changes))
 
 
 def gradient(name, logp, *others, **changes):
@@ -70,14 +72,14 @@ def test_one_token_by_hand_and_by_difference(name, A, r):
     ours = gradient(name, logp, *rest).item()
     assert ours == pytest.approx(-BY_HAND[name](r, A), rel=1e-9, abs=1e-12)
     if name == "cispo":
-        return  # its weight is held constant, which a difference quotient cannot do
+        return  # Its weight has no gradient, but a difference quotient would change it.
     h = 1e-6
     up, down = (loss_of(name, logp + s, *rest).loss.item() for s in (h, -h))
     assert ours == pytest.approx((up - down) / (2 * h), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("A", SIGNS)
-def test_cispo_by_difference_with_its_weight_held(A):
+def test_cispo_by_difference_with_a_constant_weight(A):
     old, h = torch.tensor([[-1.3]], dtype=torch.float64), 1e-6
     for r in RATIOS:
         logp = old + math.log(r)
@@ -89,7 +91,7 @@ def test_cispo_by_difference_with_its_weight_held(A):
 @pytest.mark.parametrize("A", SIGNS)
 @pytest.mark.parametrize("r", RATIOS)
 def test_objective_values(A, r):
-    """The numbers themselves, not only their slopes."""
+    """Not only the slopes are right, but also the numbers themselves."""
     old, d = torch.tensor([[-1.3]], dtype=torch.float64), math.log(r)
     rest = (old, torch.tensor([A], dtype=torch.float64), torch.ones(1, 1))
 
@@ -119,7 +121,7 @@ def test_objective_values(A, r):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_finite_however_far(name):
+def test_loss_gradient_and_metrics_are_finite_at_any_ratio(name):
     old = torch.tensor([[-5.0, -5.0, -5.0, -200.0]])
     logp = torch.tensor([[-105.0, -5.0, -0.1, -100.0]])
     for A in (2.0, -2.0):
@@ -141,7 +143,7 @@ def random_batch(rows=6, length=9, spread=0.6, seed=0):
 
 
 def test_all_rows_agree_at_ratio_one():
-    """The first update of a rollout, equal advantages and aggregation: one gradient for the whole field."""
+    """With equal advantages and aggregation, all rows have one gradient in the first update of a rollout."""
     _, old, advantages, mask = random_batch()
     for aggregation in ("sequence_mean", "token_mean", "constant"):
         gradients = {
@@ -152,12 +154,12 @@ def test_all_rows_agree_at_ratio_one():
         for name, value in gradients.items():
             torch.testing.assert_close(value, gradients["pg"], msg=name)
         assert gradients["pg"].abs().max() > 0.01
-    # gspo spreads a response's gradient over its tokens evenly: the same under its own aggregation
+    # gspo gives each token of a response the same gradient, so it agrees with the others under its own aggregation.
     torch.testing.assert_close(gradient("gspo", old, old, advantages, mask), gradient("pg", old, old, advantages, mask))
 
 
 def test_aggregations_by_hand():
-    """The weight of each token, from three responses of lengths 9, 1 and 4."""
+    """Three responses of lengths 9, 1 and 4 give the weight of each token."""
     _, old, _, mask = random_batch(rows=3)
     advantages = torch.ones(3, dtype=torch.float64)
     wanted = {"sequence_mean": [1 / 27, 1 / 3, 1 / 12], "token_mean": [1 / 14] * 3, "constant": [1 / (3 * 20)] * 3}
@@ -170,22 +172,37 @@ def test_aggregations_by_hand():
         "reinforce_pp_drift": "token_mean", "cispo": "token_mean", "dr_grpo": "constant",
     }  # fmt: skip
     for name, row in ALGORITHMS.items():
-        assert row.aggregation == own.get(name, "sequence_mean")
+        assert row.aggregation is AGGREGATIONS[own.get(name, "sequence_mean")]
     with pytest.raises(ValueError, match="max_completion_length"):
         ALGORITHMS["dr_grpo"].loss(old, old, advantages, mask)
 
 
-def test_what_few_rows_have_of_their_own():
-    """As their papers say: GSPO's ratio of a response, DAPO's upper bound, and REINFORCE++'s KL in the reward."""
+def test_columns_that_few_rows_set():
+    """As in the papers, GSPO has a ratio per response, DAPO an upper bound, and REINFORCE++ the KL in the reward."""
     rows = ALGORITHMS.values()
-    assert {row.name: row.level for row in rows if row.level != "token"} == {"gspo": "sequence_mean"}
+    assert {row.name: row.level for row in rows if row.level is not per_token} == {"gspo": per_sequence_mean}
     assert {row.name: row.epsilon_high for row in rows if row.epsilon_high is not None} == {"dapo": 0.28}
     assert {row.name for row in rows if row.reference_kl == "reward"} == {"reinforce_pp", "reinforce_pp_drift"}
     assert {row.reference_kl for row in rows} == {"loss", "reward"}
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_override_replaces_the_columns_it_names_and_keeps_the_others(name):
+    row = ALGORITHMS[name]
+    assert row.override() == row
+    for aggregation, function in AGGREGATIONS.items():
+        assert row.override(aggregation=aggregation) == replace(row, aggregation=function)
+    for level, function in LEVELS.items():
+        assert row.override(importance_level=level) == replace(row, level=function)
+    assert row.override("equal", "token_mean", "sequence").override() != row
+
+
+def test_a_row_clips_unless_its_objective_has_no_bound():
+    assert {name for name, row in ALGORITHMS.items() if not row.clips} == {"pg", "pgd", "grpo_unclipped"}
+
+
 def test_sequence_levels_by_hand():
-    """gspo: geometric mean of the ratios; rloo at the sequence level: their product. Both over real tokens only."""
+    """gspo takes the geometric mean of the ratios, rloo at the sequence level their product, over real tokens only."""
     logp, old, advantages, mask = random_batch(spread=0.1)
     for name, level, reduce in (("gspo", None, np.mean), ("rloo", "sequence", np.sum)):
         values = []
@@ -202,11 +219,11 @@ def test_padding_is_never_read(name):
     logp, old, advantages, mask = random_batch()
     clean = loss_of(name, logp, old, advantages, mask)
     for junk in (1e30, -math.inf, math.nan):
-        dirty_logp, dirty_old = logp.masked_fill(~mask, junk), old.masked_fill(~mask, -junk)
-        dirty = loss_of(name, dirty_logp, dirty_old, advantages, mask)
-        assert dirty.loss.item() == clean.loss.item()
-        assert dirty.metrics == clean.metrics
-        g = gradient(name, dirty_logp, dirty_old, advantages, mask)
+        other_logp, other_old = logp.masked_fill(~mask, junk), old.masked_fill(~mask, -junk)
+        other = loss_of(name, other_logp, other_old, advantages, mask)
+        assert other.loss.item() == clean.loss.item()
+        assert other.metrics == clean.metrics
+        g = gradient(name, other_logp, other_old, advantages, mask)
         assert (g[~mask] == 0).all()
         torch.testing.assert_close(g, gradient(name, logp, old, advantages, mask))
 
@@ -227,7 +244,7 @@ def test_a_masked_response_counts_as_a_response_without_tokens(name):
 @pytest.mark.parametrize("aggregation", [None, "sequence_mean", "token_mean", "constant"])
 def test_micro_batches_change_nothing(name, aggregation):
     logp, old, advantages, mask = random_batch()
-    weights = ALGORITHMS[name].token_weights(mask, mask.shape[1], aggregation)
+    weights = ALGORITHMS[name].override(aggregation=aggregation).token_weights(mask, mask.shape[1])
     whole = gradient(name, logp, old, advantages, mask, aggregation=aggregation)
     parts = [
         gradient(name, logp[s], old[s], advantages[s], mask[s], token_weights=weights[s])
@@ -244,7 +261,7 @@ def test_no_advantage_no_surrogate_gradient(name):
 
 
 def test_the_reference_kl():
-    """beta adds k3 of KL(pi_theta || pi_ref), its gradient 1 - exp(ref - logp); rows may also put it in the reward."""
+    """beta adds k3 of KL(pi_theta || pi_ref), with the gradient 1 - exp(ref - logp). Two rows have it in the reward."""
     logp, old, advantages, mask = random_batch()
     ref = old - 0.3
     plain = gradient("grpo", logp, old, advantages, mask, aggregation="token_mean")
@@ -256,7 +273,7 @@ def test_the_reference_kl():
     assert output.metrics["kl_ref"] == pytest.approx((e.exp() - 1 - e).mean().item())
     start = old.float()
     far = loss_of("grpo", start - 88, start, advantages, mask, beta=0.5, ref_logp=start).metrics["kl_ref"]
-    assert far == pytest.approx(math.exp(88), rel=1e-4)  # the sum of these does not fit into float32
+    assert far == pytest.approx(math.exp(88), rel=1e-4)  # The sum of these does not fit into float32.
     assert type(far) is float
     with pytest.raises(ValueError, match="ref_logp"):
         loss_of("grpo", logp, old, advantages, mask, beta=0.5)
@@ -276,8 +293,8 @@ def test_metrics_by_hand():
     assert metrics["kl_old"] == pytest.approx(np.mean([r - 1 - math.log(r) for r in inside]))
     assert metrics["ratio_min"] == pytest.approx(0.5)
     assert metrics["ratio_max"] == pytest.approx(2.0)
-    assert metrics["clip_frac_neg"] == pytest.approx(2 / 10)  # 0.5 and 0.7, pushed down already
-    assert metrics["clip_frac_pos"] == pytest.approx(1 / 10)  # 1.3, pulled up already
+    assert metrics["clip_frac_neg"] == pytest.approx(2 / 10)  # 0.5 and 0.7 are below the bound.
+    assert metrics["clip_frac_pos"] == pytest.approx(1 / 10)  # 1.3 is above the bound.
     dual = loss_of("grpo_dual_clip", old + math.log(3.5), old, advantages, mask).metrics
     assert dual["clip_frac_neg"] == pytest.approx(6 / 10)
     assert loss_of("pg", logp, old, advantages, mask).metrics["clip_frac_neg"] == 0
@@ -289,7 +306,7 @@ def test_metrics_by_hand():
 
 @pytest.mark.parametrize(("n", "low", "high"), [(150, 1, 148), (151, 2, 148)])
 def test_percentiles_are_the_ratios_of_the_nearest_rank(n, low, high):
-    """Of n sorted ratios, that at 0.01 (n - 1) and at 0.99 (n - 1), counted from 0: 1.49 and 147.51, 1.5 and 148.5."""
+    """The ranks are 0.01 (n - 1) and 0.99 (n - 1), counted from 0: here 1.49 and 147.51, then 1.5 and 148.5."""
     ratios = torch.linspace(0.5, 2.0, n, dtype=torch.float64)
     one, mask = torch.ones(1), torch.ones(1, n)
     metrics = loss_of("pg", ratios.flip(0).log()[None], torch.zeros(1, n, dtype=torch.float64), one, mask).metrics
@@ -305,13 +322,13 @@ def test_cispo_counts_the_tokens_whose_weight_is_capped(A):
     assert (metrics["clip_frac_pos"], metrics["clip_frac_neg"]) == ((0.5, 0.0) if A > 0 else (0.0, 0.5))
 
 
-def test_a_ratio_is_held_at_e_to_the_80():
+def test_a_ratio_is_limited_to_e_to_the_80():
     d = torch.tensor([-200.0, 79.5, 80.0, 80.5, 200.0], dtype=torch.float64)
     assert ratio(d).tolist() == pytest.approx([math.exp(x) for x in (-200, 79.5, 80, 80, 80)])
 
 
-def test_mean_cpgd_gradient_is_the_exact_one():
-    """On a policy of four actions, all samples in their exact proportions: numpy's finite differences agree."""
+def test_the_mean_gradient_of_cpgd_is_the_exact_one():
+    """On all actions of a policy in their exact proportions, it agrees with finite differences by numpy."""
     counts = np.array([5, 3, 1, 1])
     old = counts / counts.sum()
     A = np.array([-0.4, 0.9, -1.2, 0.5])
@@ -336,16 +353,21 @@ def test_mean_cpgd_gradient_is_the_exact_one():
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_settings_that_are_not_given(name):
-    """A clip of 0.2 (dapo's upper one: 0.28), a drift of coefficient 1 whose slope ends at 2, and no reference."""
+def test_the_default_settings(name):
+    """The clip is 0.2 (dapo's upper one 0.28), the drift has coefficient 1 and slope 2 at most, and beta is 0."""
     logp, old, advantages, mask = random_batch(spread=2.0)
-    rest = (logp, old, advantages, mask)
-    told = {"epsilon": 0.2, "drift_coef": 1.0, "drift_clip": 2.0, "beta": 0.0}
-    plain = ALGORITHMS[name].loss(*rest, max_completion_length=9)
-    assert plain.loss.item() == ALGORITHMS[name].loss(*rest, max_completion_length=9, **told).loss.item()
+    row, rest = ALGORITHMS[name], (logp, old, advantages, mask)
+    weights = {"token_weights": row.token_weights(mask, 9)}
+    settings = LossSettings(epsilon=0.2, epsilon_high=None, drift_coef=1.0, drift_clip=2.0, beta=0.0)
+    plain = row.loss(*rest, **weights).loss.item()
+    assert plain == row.loss(*rest, settings, **weights).loss.item()
+    if name == "dapo":
+        assert plain == row.loss(*rest, replace(settings, epsilon_high=0.28), **weights).loss.item()
+    if name != "dr_grpo":  # The constant of dr_grpo has no default.
+        assert plain == row.loss(*rest).loss.item()
 
 
-def test_an_output_holds_no_graph_but_its_loss_and_the_precision_of_the_log_probabilities():
+def test_only_the_loss_of_an_output_has_a_graph_and_all_have_the_dtype_of_the_log_probabilities():
     logp, old, advantages, mask = random_batch()
     logp, advantages = logp.float().requires_grad_(), advantages.requires_grad_()
     output = loss_of("cpgd", logp, old.float(), advantages, mask, beta=0.5, ref_logp=old.float())
@@ -358,8 +380,9 @@ def test_an_output_holds_no_graph_but_its_loss_and_the_precision_of_the_log_prob
     assert (output.ref_kl[~mask] == 0).all()
 
 
-def test_a_row_and_an_output_are_not_changed_by_accident():
-    for frozen, name in ((ALGORITHMS["cpgd"], "drift"), (loss_of("cpgd", *random_batch()), "loss")):
+def test_rows_settings_and_outputs_cannot_be_changed():
+    output = loss_of("cpgd", *random_batch())
+    for frozen, name in ((ALGORITHMS["cpgd"], "drift"), (LossSettings(), "epsilon"), (output, "loss")):
         with pytest.raises(FrozenInstanceError):
             setattr(frozen, name, None)
 
@@ -367,8 +390,8 @@ def test_a_row_and_an_output_are_not_changed_by_accident():
 TWINS = {"cpg": "cpgd", "pg": "pgd", "grpo": "grpo_drift", "rloo": "rloo_drift", "reinforce_pp": "reinforce_pp_drift"}
 
 
-@pytest.mark.parametrize(("plain", "drifting"), TWINS.items())
-def test_given_the_drift_nothing_else_changes(plain, drifting):
-    """So a difference between the two is the drift's."""
-    same = replace(ALGORITHMS[plain], name=drifting, drift=True, shows=ALGORITHMS[drifting].shows)
-    assert same == ALGORITHMS[drifting]
+@pytest.mark.parametrize(("without", "with_drift"), TWINS.items())
+def test_a_row_with_drift_differs_from_its_twin_in_the_drift_alone(without, with_drift):
+    """So the drift causes every difference between the two."""
+    row = ALGORITHMS[with_drift]
+    assert replace(ALGORITHMS[without], name=row.name, label=row.label, drift=True, shows=row.shows) == row

@@ -1,4 +1,4 @@
-"""What has to be equal is equal, and what may be large stays finite: properties of the objectives, for any batch."""
+"""Properties of the objectives for any batch: equal cases give equal numbers, and large log-ratios give finite ones."""
 
 import math
 from dataclasses import dataclass
@@ -8,23 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minicpgd import ALGORITHMS
-from minicpgd.advantages import WEIGHTS
-from minicpgd.algorithms import AGGREGATIONS
-from minicpgd.surrogates import LEVELS
+from minicpgd import ALGORITHMS, LossSettings
+from minicpgd.algorithms import AGGREGATIONS, LEVELS, WEIGHTS
 
-BETA = 0.3
+DRIFT_COEF, BETA = 0.7, 0.3
 some = settings(max_examples=5, deadline=None, derandomize=True)
 every_row = pytest.mark.parametrize("name", ALGORITHMS)
 
 
 @dataclass
 class Batch:
-    """N groups of G responses of up to T tokens, in float64; some have no token at all."""
+    """N groups of G responses of up to T tokens, in float64. Some responses have no token at all."""
 
     rewards: torch.Tensor  # (N, G)
     lengths: torch.Tensor  # (B,)
-    old: torch.Tensor  # (B, T), as the others below
+    old: torch.Tensor  # (B, T), and so are d and ref
     d: torch.Tensor
     ref: torch.Tensor
     advantages: torch.Tensor  # (B,)
@@ -40,7 +38,7 @@ class Batch:
 
 @st.composite
 def batches(draw, shortest=0, longest=12, spread=(0.0, 0.1, 1.0, 5.0)):
-    """Hypothesis chooses the shape, how far the policy has moved, and the kind of reward; a generator fills them in."""
+    """Hypothesis chooses the shape, how far the policy moved, and the kind of reward. A generator draws the rest."""
     n, g, t = draw(st.integers(1, 4)), draw(st.integers(2, 6)), draw(st.integers(1, longest))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shape, wide = (n * g, t), draw(st.sampled_from(spread))
@@ -54,16 +52,21 @@ def batches(draw, shortest=0, longest=12, spread=(0.0, 0.1, 1.0, 5.0)):
     return Batch(rewards, lengths, old, wide * normal(*shape), old + 0.3 * normal(*shape), 2 * normal(n * g))
 
 
-def loss_and_gradient(name, batch, **changes):
+def loss_and_gradient(name, batch, *, token_weights=None, max_completion_length=None, beta=BETA, **columns):
+    """The loss of a batch and its gradient, with other `columns` of the row, such as `aggregation`."""
+    row = ALGORITHMS[name].override(**columns)
+    if token_weights is None:
+        token_weights = row.token_weights(batch.mask, max_completion_length or batch.old.shape[1])
     logp = (batch.old + batch.d).requires_grad_()
-    longest = changes.pop("max_completion_length", batch.old.shape[1])
-    settings = {"max_completion_length": longest, "beta": BETA, "ref_logp": batch.ref, "drift_coef": 0.7}
-    output = ALGORITHMS[name].loss(logp, batch.old, batch.advantages, batch.mask, **(settings | changes))
+    settings = LossSettings(drift_coef=DRIFT_COEF, beta=beta)
+    output = row.loss(
+        logp, batch.old, batch.advantages, batch.mask, settings, ref_logp=batch.ref, token_weights=token_weights
+    )
     return output.loss.detach(), torch.autograd.grad(output.loss, logp)[0]
 
 
 def same(ours, wanted):
-    # weights are float32 by design, and add up in another order
+    # The weights of tokens are float32, and they add up in another order.
     torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7 * max(1.0, wanted.abs().max().item()))
 
 
@@ -112,7 +115,7 @@ def test_more_padding_changes_nothing(name, batch, extra, junk):
 @every_row
 @some
 @given(batch=batches(spread=(0.1, 1.0)))
-def test_float32_says_the_same_as_float64(name, batch):
+def test_float32_and_float64_agree(name, batch):
     values = (batch.old, batch.d, batch.ref, batch.advantages)
     single = Batch(batch.rewards, batch.lengths, *(value.float() for value in values))
     double = Batch(batch.rewards, batch.lengths, *(value.float().double() for value in values))
@@ -127,7 +130,7 @@ def test_float32_says_the_same_as_float64(name, batch):
 @some
 @given(batch=batches(), dtype=st.sampled_from([torch.float32, torch.float64]), signs=st.integers(0, 2**32))
 def test_log_ratios_of_100_stay_finite(name, level, batch, dtype, signs):
-    """The largest that log-probabilities of a real model come to; a hundred-fold of what clips."""
+    """Log-probabilities of a real model do not differ by more. The clip acts at a hundredth of this."""
     coin = torch.randint(0, 2, batch.d.shape, generator=torch.Generator().manual_seed(signs))
     values = (batch.old, 200.0 * coin - 100.0, batch.ref, batch.advantages)
     far = Batch(batch.rewards, batch.lengths, *(value.to(dtype) for value in values))
@@ -153,7 +156,7 @@ def test_a_response_without_tokens_has_no_gradient(name, batch):
 @every_row
 @some
 @given(batch=batches(shortest=1, longest=1))
-def test_with_one_token_each_levels_and_aggregations_agree(name, batch):
+def test_for_responses_of_one_token_all_levels_and_aggregations_agree(name, batch):
     loss, gradient = loss_and_gradient(name, batch)
     for level in LEVELS:
         for aggregation in AGGREGATIONS:
@@ -163,8 +166,8 @@ def test_with_one_token_each_levels_and_aggregations_agree(name, batch):
 
 
 @every_row
-def test_responses_of_32768_tokens(name):
-    """As many responses of one token say the same: nothing drifts with the length."""
+def test_a_response_of_32768_tokens_has_the_loss_of_as_many_responses_of_one_token(name):
+    """So no error grows with the length."""
     generator, shape = torch.Generator().manual_seed(0), (2, 2**15)
     old, d, ref = (torch.randn(shape, generator=generator, dtype=torch.float64) * wide for wide in (1, 0.3, 1))
     advantages = torch.tensor([1.3, -0.4], dtype=torch.float64)
@@ -177,7 +180,7 @@ def test_responses_of_32768_tokens(name):
     torch.testing.assert_close(gradient, wanted_gradient.view(shape), rtol=1e-6, atol=1e-12)
 
 
-# Advantages
+# Advantages ----------------------------------------------------------------------------------------------------------
 
 
 def advantages_of(name, rewards, lengths, weight=None):
@@ -196,7 +199,7 @@ every_weight = pytest.mark.parametrize("weight", [None, *WEIGHTS])
 @some
 @given(batch=batches(shortest=1), data=st.data())
 def test_advantages_follow_their_responses(name, weight, batch, data):
-    """Through a permutation of the group, and one of the prompts."""
+    """They do so if the responses of a group, and the prompts, come in another order."""
     n, g = batch.rewards.shape
     prompts, places = data.draw(st.permutations(range(n))), data.draw(st.permutations(range(g)))
     lengths = batch.lengths.view(n, g)
@@ -212,7 +215,7 @@ def test_advantages_follow_their_responses(name, weight, batch, data):
 @some
 @given(batch=batches(shortest=1), shift=st.floats(-1e3, 1e3))
 def test_a_shift_of_all_rewards_changes_nothing(name, weight, batch, shift):
-    rewards = batch.rewards.mul(2**20).round().div(2**20)  # so that adding the shift loses nothing
+    rewards = batch.rewards.mul(2**20).round().div(2**20)  # The sum with the shift is then exact.
     shift = round(shift * 2**20) / 2**20
     plain = advantages_of(name, rewards, batch.lengths, weight)
     assert torch.equal(advantages_of(name, rewards + shift, batch.lengths, weight), plain)
@@ -222,22 +225,21 @@ def test_a_shift_of_all_rewards_changes_nothing(name, weight, batch, shift):
 @every_weight
 @some
 @given(batch=batches(shortest=1), factor=st.floats(0.01, 100))
-def test_a_scale_of_all_rewards(name, weight, batch, factor):
-    """Under `std` or whitening the scale is taken away, but for their small constants; elsewhere it passes through."""
+def test_std_and_whitening_remove_the_scale_of_rewards_and_others_keep_it(name, weight, batch, factor):
+    """Their small constants are the exception: they keep a little of the scale."""
     plain = advantages_of(name, batch.rewards, batch.lengths, weight)
     scaled = advantages_of(name, batch.rewards * factor, batch.lengths, weight)
-    row = ALGORITHMS[name]
-    scales_out = (weight or row.weight) == "std", row.advantage.__name__.endswith("whitened")
-    if scales_out == (False, False):
+    row = ALGORITHMS[name].override(advantage_weight=weight)
+    by_std, by_whitening = row.weight is WEIGHTS["std"], row.baseline.__name__.endswith("whitened")
+    if not by_std and not by_whitening:
         nearly(scaled, plain * factor)
-    elif scales_out == (True, False):
+    elif by_std and not by_whitening:
         sigma = batch.rewards.std(dim=1, keepdim=True)
         nearly(scaled, plain * factor * (sigma + 1e-4) / (factor * sigma + 1e-4))
     else:
-        spread = advantages_of(
-            name, batch.rewards, batch.lengths, "equal"
-        )  # a batch of few tokens may have next to none
-        if scales_out == (False, True) and spread.abs().max() > 0.1 and batch.rewards.std() > 0.01:
+        # In a batch of few tokens, the advantages may be next to 0.
+        spread = advantages_of(name, batch.rewards, batch.lengths, "equal")
+        if not by_std and spread.abs().max() > 0.1 and batch.rewards.std() > 0.01:
             torch.testing.assert_close(scaled, plain, rtol=0.05, atol=1e-3)
 
 
@@ -245,14 +247,14 @@ def test_a_scale_of_all_rewards(name, weight, batch, factor):
 @every_weight
 @some
 @given(batch=batches(shortest=1))
-def test_rewards_turned_over_turn_advantages_over(name, weight, batch):
+def test_the_opposite_rewards_have_the_opposite_advantages(name, weight, batch):
     plain = advantages_of(name, batch.rewards, batch.lengths, weight)
     nearly(advantages_of(name, -batch.rewards, batch.lengths, weight), -plain)
 
 
 @every_row
 @pytest.mark.parametrize("better", [1.0, 1e-3, 1e3])
-def test_of_two_responses_one_is_better(name, better):
+def test_of_two_responses_the_better_one_has_the_positive_advantage(name, better):
     rewards = torch.tensor([[better, 0.0]], dtype=torch.float64)
     first, second = advantages_of(name, rewards, torch.tensor([5, 5]))[0].tolist()
     assert first > 0

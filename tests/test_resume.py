@@ -1,4 +1,4 @@
-"""A run that was interrupted, in whatever way, ends as if nothing had happened."""
+"""A run that was interrupted, in whatever way, ends with the same files as one that was not."""
 
 import errno
 import json
@@ -18,26 +18,84 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import minicpgd.cli
-import minicpgd.commands
 from minicpgd import UserError, load_run, train
-from minicpgd.checkpoint import load_checkpoint, restore, save_checkpoint, write_atomically
-from minicpgd.learner import Learner
-from minicpgd.trainer import Listener
+from minicpgd.cli.main import main
+from minicpgd.files import write_atomically
+from minicpgd.training import Callbacks, Learner
+from minicpgd.training.checkpoint import load_checkpoint, restore, save_checkpoint
 
 FLAGS = (
     "--max-steps 12 --num-prompts 2 --num-generations 4 --num-minibatches 2 --num-iterations 2 --eval-steps 5 "
     "--eval-problems 8 --save-steps 3 --logging-steps 2"
 ).split()
 KILLS = int(os.environ.get("MINICPGD_KILLS", "1"))
+TIMEOUT = 1800  # seconds. A process that needs more hangs, on the slowest machine too.
 
 
 def command(*arguments):
     return [sys.executable, "-m", "minicpgd", *map(str, arguments)]
 
 
-def run_cli(*arguments, **more):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, **more)
+def run_cli(*arguments, **options):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=TIMEOUT, **options)
+
+
+def with_modules_in(folder):
+    """Return an environment in which Python finds the modules of a folder, before all others."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+WAITING_REWARD = """
+import time
+from pathlib import Path
+from minicpgd.tasks.rewards import exact_answer
+
+def reward(prompts, completions, **columns):
+    log = Path({log!r})
+    if (len(log.read_text().splitlines()) if log.exists() else 0) >= {lines}:
+        Path({waits!r}).touch()
+        while not Path({goes_on!r}).exists():
+            time.sleep(0.01)
+    return exact_answer(prompts=prompts, completions=completions, **columns)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function that starts a command and waits until a file exists. Python finds modules in `tmp_path`."""
+    processes = []
+
+    def start_process(words, file):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(words, env=with_modules_in(tmp_path), **pipes)
+        processes.append(process)
+        while not file.exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        return process
+
+    yield start_process
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def start_training(start, tmp_path):
+    """Return a function that starts a training, which waits in its reward function once `lines` lines are logged.
+
+    So a test can act at one moment of the run, however slow the machine is. The training continues when the file
+    `continue` exists.
+    """
+
+    def start_process(*flags, lines):
+        log, waits = tmp_path / "run" / "metrics.jsonl", tmp_path / "waits"
+        names = {"log": str(log), "waits": str(waits), "goes_on": str(tmp_path / "continue")}
+        (tmp_path / "waiting.py").write_text(WAITING_REWARD.format(lines=lines, **names))
+        words = command("train", "--output-dir", tmp_path / "run", "--reward", "waiting:reward", *flags)
+        return start(words, waits)
+
+    return start_process
 
 
 def results(folder):
@@ -59,18 +117,24 @@ def undisturbed(tmp_path_factory):
     return results(folder)
 
 
+def count_lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 @pytest.mark.parametrize("attempt", range(KILLS))
 def test_kill_9_at_a_random_moment(attempt, undisturbed, tmp_path):
-    """MINICPGD_KILLS=30 for the long version."""
+    """The moments are random lines of the log, and a random time after them. MINICPGD_KILLS=30 tries more of them."""
     rng, folder, kills = random.Random(time.time_ns() + attempt), tmp_path / "run", 0
+    log = folder / "metrics.jsonl"
     while not (folder / "model" / "model.safetensors").exists() and kills < 2:
         if (folder / "config.json").exists():
             process = subprocess.Popen(command("train", "--resume", folder), stdout=subprocess.DEVNULL)
         else:
             process = subprocess.Popen(command("train", "--output-dir", folder, *FLAGS), stdout=subprocess.DEVNULL)
-        while not (folder / "metrics.jsonl").exists() and process.poll() is None:
-            time.sleep(0.01)  # most of the time would go into killing imports otherwise
-        time.sleep(rng.uniform(0, 1.2))
+        lines = rng.randint(min(count_lines(log), 11), 12)
+        while count_lines(log) < lines and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -83,41 +147,50 @@ def test_kill_9_at_a_random_moment(attempt, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_says_how_to_go_on(number, undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command("train", "--output-dir", folder, *FLAGS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 3:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
+def test_a_signal_finishes_the_step_and_prints_how_to_continue(number, undisturbed, start_training, tmp_path):
+    folder, process = tmp_path / "run", start_training(*FLAGS, lines=3)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    (tmp_path / "continue").touch()
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + number, err
     assert f"minicpgd train --resume {folder}" in out
     assert "Traceback" not in err
-    last = int(load_run(folder).metrics["step"][-1])
-    assert (folder / "checkpoints" / f"step-{last:06d}.safetensors").exists()
-    done = run_cli("train", "--resume", folder)
+    assert load_run(folder).metrics["step"].tolist() == [0, 1, 2, 3]
+    assert (folder / "checkpoints" / "step-000003.safetensors").exists()
+    done = run_cli("train", "--resume", folder, env=with_modules_in(tmp_path))
     assert done.returncode == 0, done.stderr
     assert results(folder) == undisturbed
 
 
+def test_a_second_signal_stops_at_once(start_training, tmp_path):
+    process = start_training(*FLAGS, lines=3)
+    process.send_signal(signal.SIGINT)
+    while "press Ctrl-C again to stop at once" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=TIMEOUT)  # The reward function still waits.
+    assert (process.returncode, err) == (130, "minicpgd: stopped. Finished work is kept\n")
+    assert load_run(tmp_path / "run").metrics["step"].tolist() == [0, 1, 2]
+
+
 def stop_at(step):
-    seen = []
-    return Listener(step=lambda s, *_: seen.append(s), stop=lambda: bool(seen) and seen[-1] >= step - 1)
+    """Return callbacks that end a run after this step."""
+    steps = []
+    return Callbacks(
+        on_step=lambda step, *_: steps.append(step), should_stop=lambda: bool(steps) and steps[-1] >= step - 1
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
-def test_a_damaged_checkpoint_is_passed_over_and_said_so(damage, small, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(damage, small):
     whole = train(small("whole", max_steps=6, save_steps=1))
-    folder = train(small(max_steps=6, save_steps=1), listener=stop_at(4))
+    folder = train(small(max_steps=6, save_steps=1), callbacks=stop_at(4))
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content[:-100] if damage == "truncate" else content)
     warnings = []
-    train(small(max_steps=6, save_steps=1), resume=True, listener=Listener(warn=warnings.append))
+    train(small(max_steps=6, save_steps=1), resume=True, callbacks=Callbacks(on_warning=warnings.append))
     assert len(warnings) == 1
     assert str(newest) in warnings[0]
     assert "\n" not in warnings[0]
@@ -126,58 +199,59 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(damage, small, tmp_path
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_all_checkpoints_damaged_starts_over(small):
-    folder = train(small(max_steps=4, save_steps=1), listener=stop_at(3))
+def test_a_run_without_an_intact_checkpoint_begins_again(small):
+    folder = train(small(max_steps=4, save_steps=1), callbacks=stop_at(3))
     whole = (folder / "metrics.jsonl").read_bytes()
     for path in (folder / "checkpoints").iterdir():
         path.write_bytes(b"nonsense")
     warnings = []
-    train(small(max_steps=4, save_steps=1), resume=True, listener=Listener(warn=warnings.append))
+    train(small(max_steps=4, save_steps=1), resume=True, callbacks=Callbacks(on_warning=warnings.append))
     assert len(warnings) == 3
-    assert "beginning again, from step 0" in warnings[2]
+    assert "the run begins again, from step 0" in warnings[2]
     assert (folder / "metrics.jsonl").read_bytes().startswith(whole)
 
 
-def test_a_torn_last_line_is_made_again(small):
-    folder = train(small(max_steps=4, save_steps=2), listener=stop_at(2))
+def test_a_half_written_last_line_is_written_again(small):
+    folder = train(small(max_steps=4, save_steps=2), callbacks=stop_at(2))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
     train(small(max_steps=4, save_steps=2), resume=True)
     assert load_run(folder).metrics["step"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_lines_that_are_gone_are_missed(small):
-    folder = train(small(max_steps=4, save_steps=2), listener=stop_at(3))
+def test_a_missing_line_of_the_log_is_a_warning(small):
+    folder = train(small(max_steps=4, save_steps=2), callbacks=stop_at(3))
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:1] + lines[3:]))
     warnings = []
-    train(small(max_steps=4, save_steps=2), resume=True, listener=Listener(warn=warnings.append))
+    train(small(max_steps=4, save_steps=2), resume=True, callbacks=Callbacks(on_warning=warnings.append))
     assert len(warnings) == 1
-    assert "metrics.jsonl: the line of step 1 is gone (2 in all)" in warnings[0]
+    assert "metrics.jsonl: the line of step 1 is missing (2 in all)" in warnings[0]
     assert load_run(folder).metrics["step"].tolist() == [0, 3, 4]
 
 
 def test_a_damaged_checkpoint_does_not_stay(small):
-    """Else it would be one of the two that are kept, in the place of a whole one."""
-    folder = train(small(max_steps=9, save_steps=4), listener=stop_at(5))
+    """Otherwise it would be one of the two newest, and an intact one would be removed."""
+    folder = train(small(max_steps=9, save_steps=4), callbacks=stop_at(5))
     checkpoints = folder / "checkpoints"
     (checkpoints / "step-000005.safetensors").write_bytes(b"nonsense")
-    heard = []
-    train(small(max_steps=9, save_steps=4), resume=True, listener=Listener(resumed=heard.append, stop=lambda: True))
-    assert heard == [4]
+    steps = []
+    callbacks = Callbacks(on_resume=steps.append, should_stop=lambda: True)
+    train(small(max_steps=9, save_steps=4), resume=True, callbacks=callbacks)
+    assert steps == [4]
     (checkpoints / "step-000005.safetensors").write_bytes(b"nonsense")
-    train(small(max_steps=9, save_steps=4), resume=True, listener=stop_at(8))
+    train(small(max_steps=9, save_steps=4), resume=True, callbacks=stop_at(8))
     assert sorted(p.name[5:11] for p in checkpoints.iterdir()) == ["000004", "000008"]
 
 
 def test_a_checkpoint_that_memory_cannot_hold_is_not_damaged(tmp_path, monkeypatch):
-    """Passed over, it would be removed."""
+    """If it counted as damaged, it would be removed."""
     save_checkpoint(tmp_path, 12, *odd(7.0), {"drift_coef": 0.25})
 
     def full(*_):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr("minicpgd.checkpoint.safe_open", full)
+    monkeypatch.setattr("minicpgd.training.checkpoint.safe_open", full)
     with pytest.raises(OSError, match="allocate memory"):
         load_checkpoint(tmp_path, pytest.fail)
 
@@ -199,19 +273,19 @@ def test_a_longer_run_is_the_same_run(small):
         assert (folder / name).read_bytes() == (long / name).read_bytes()
 
 
-def test_a_longer_run_that_is_stopped_says_so(small, monkeypatch, capsys):
-    """Its model/ is there from the first time; that does not make it done."""
+def test_a_longer_run_that_is_stopped_says_that_it_was_stopped(small, monkeypatch, capsys):
+    """Its folder model/ exists since the first time, but the run is not done."""
     folder = train(small(max_steps=2))
-    plain = minicpgd.commands.train_
 
-    def interrupted_at_once(*arguments, **more):
+    def interrupt_at_once(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
-        return plain(*arguments, **more)
+        return train(*arguments, **options)
 
-    monkeypatch.setattr(minicpgd.commands, "train_", interrupted_at_once)
+    monkeypatch.setattr("minicpgd.training.train", interrupt_at_once)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # The program adds the current folder.
     monkeypatch.setattr(sys, "argv", ["minicpgd", "train", "--resume", str(folder), "--max-steps", "9"])
     with pytest.raises(SystemExit) as leaving:
-        minicpgd.cli.main()
+        main()
     assert leaving.value.code == 128 + signal.SIGINT
     assert "stopped and saved" in capsys.readouterr().out
     assert load_run(folder).metrics["step"][-1] == 3
@@ -225,13 +299,13 @@ def test_a_resume_with_other_settings_names_them(small):
         train(small(max_steps=2), resume=True)
 
 
-def test_dropout_is_resumed_too(small, tmp_path, policy):
-    """The one thing that draws from the global source of randomness."""
+def test_a_resumed_run_repeats_its_dropout(small, tmp_path, policy):
+    """Dropout alone draws from torch's global generator."""
     policy.model.config.attention_dropout = 0.3
     policy.save(tmp_path / "model")
     changes = {"model": str(tmp_path / "model"), "disable_dropout": False, "max_steps": 4, "save_steps": 1}
     whole = train(small("whole", **changes))
-    folder = train(small(**changes), listener=stop_at(2))
+    folder = train(small(**changes), callbacks=stop_at(2))
     train(small(**changes), resume=True)
     assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     without = train(small("without", **(changes | {"disable_dropout": True})))
@@ -239,7 +313,7 @@ def test_dropout_is_resumed_too(small, tmp_path, policy):
 
 
 def test_a_checkpoint_holds_all_that_a_step_needs(small):
-    """Bit for bit: weights, moments, and the drift coefficient in force."""
+    """It has weights, moments, and the newest drift coefficient."""
     folder = train(small(max_steps=2))
     learner = Learner.from_config(small())
     checkpoint = load_checkpoint(folder / "checkpoints", pytest.fail)
@@ -252,27 +326,30 @@ def test_a_checkpoint_holds_all_that_a_step_needs(small):
     assert load_checkpoint(folder / "nowhere", pytest.fail) is None
 
 
-def test_ctrl_c_while_torch_is_imported_says_nothing(tmp_path):
-    process = subprocess.Popen(command("train", "--output-dir", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
-    time.sleep(0.7)
+@pytest.mark.parametrize("flags", [[], ["--algorithm", "grpo"]], ids=["in the command", "in the check of settings"])
+def test_ctrl_c_while_torch_is_imported_prints_nothing(flags, start, tmp_path):
+    """A module of that name takes torch's place. Its import lasts until the process ends."""
+    started = tmp_path / "started"
+    (tmp_path / "torch.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\nwhile True:\n    time.sleep(0.01)\n"
+    )
+    process = start(command("train", "--output-dir", tmp_path / "run", *flags), started)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == ""
+    assert process.communicate(timeout=TIMEOUT)[1] == ""
     assert process.returncode == -signal.SIGINT
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on a process's memory")
-def test_a_full_memory_is_one_line(tmp_path):
-    """On a CPU torch has no exception of its own for it."""
-    folder, flags = tmp_path / "run", "--num-prompts 1024 --num-generations 16 --eval-problems 8".split()
-    process = subprocess.Popen(command("train", "--output-dir", folder, *flags), stderr=subprocess.PIPE, text=True)
-    while not (folder / "config.json").exists():
-        assert process.poll() is None
-        time.sleep(0.001)
+def test_a_full_memory_is_one_line(start_training, tmp_path):
+    """On a CPU torch has no exception of its own for it. The process gets 200 MB more than it has in step 0."""
+    flags = "--num-prompts 1024 --num-generations 16 --eval-problems 8".split()
+    process = start_training(*flags, lines=0)
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
-    room = pages * resource.getpagesize() + 200_000_000
-    resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
-    error = process.communicate(timeout=60)[1]
+    limit = pages * resource.getpagesize() + 200_000_000
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
+    (tmp_path / "continue").touch()
+    _, error = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 2
     assert error.count("\n") == 1, error
     assert "the memory is full" in error
@@ -280,7 +357,7 @@ def test_a_full_memory_is_one_line(tmp_path):
 
 
 class Counting(torch.optim.SGD):
-    """With moments of the kinds that bitsandbytes has: numbers, and a code book that all share."""
+    """An optimizer with the kinds of moments that bitsandbytes has: numbers, and a code book that all share."""
 
     def step(self, value=1):
         book = torch.arange(3) * value
@@ -290,7 +367,7 @@ class Counting(torch.optim.SGD):
 
 
 def odd(value):
-    """One parameter does not lie in order, one is bfloat16, one frozen; the moments are like those of bitsandbytes."""
+    """Return a model with a transposed, a bfloat16 and a frozen parameter, and moments like those of bitsandbytes."""
     turned, plain = torch.full((3, 2), value).cumsum(0).t(), torch.full((2,), value, dtype=torch.bfloat16)
     model = nn.ParameterDict({"turned": turned, "plain": plain})
     model["frozen"] = nn.Parameter(torch.full((2,), value), requires_grad=False)
@@ -328,7 +405,7 @@ CHANGES = {
     "nothing": lambda tensors, header: None,
     "the order of the header": lambda tensors, header: header.update(step=header.pop("step")),
     "the step": lambda tensors, header: header.update(step=13),
-    "what the loop carries": lambda tensors, header: header["extra"].update(drift_coef=9.0),
+    "the extra values": lambda tensors, header: header["extra"].update(drift_coef=9.0),
     "a name": lambda tensors, header: tensors.update({"model.plain2": tensors.pop("model.plain")}),
     "a shape": lambda tensors, header: tensors.update({"model.plain": tensors["model.plain"][None]}),
     "a type": lambda tensors, header: tensors.update({"model.plain": tensors["model.plain"].view(torch.int16)}),
@@ -337,6 +414,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_checkpoint_whose_file_was_written_again_is_whole_only_if_it_says_the_same(change, tmp_path):
+    """Its digest covers the header and the names, shapes, dtypes and numbers of all tensors."""
     path = save_checkpoint(tmp_path, 12, *odd(7.0), {"drift_coef": 0.25})
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["minicpgd"])
@@ -350,7 +428,7 @@ def test_a_checkpoint_whose_file_was_written_again_is_whole_only_if_it_says_the_
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts open files in /proc")
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Its content is forced there before it is renamed, the new name after; a failure leaves what was there before."""
+    """Its content is forced there before the rename, the new name after it. A failure leaves the old file."""
     path, forced, opened = tmp_path / "a.bin", [], len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, "fsync", lambda file: forced.append((os.fstat(file).st_ino, path.exists())))
     write_atomically(path, lambda temporary: temporary.write_bytes(b"whole"))
@@ -358,7 +436,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == opened
 
     def half(temporary):
-        assert temporary == tmp_path / "a.bin.tmp"  # what a power cut leaves behind is known by its name
+        assert temporary == tmp_path / "a.bin.tmp"  # So a file that a power cut leaves is known by its name.
         temporary.write_bytes(b"ha")
         raise OSError("no space left")
 
@@ -370,8 +448,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on file sizes")
 def test_a_full_disk(small):
-    """A file may not grow beyond 200 kB: the checkpoint cannot be written, one line says so, nothing is lost."""
-    folder = train(small(max_steps=6, save_steps=1), listener=stop_at(2))
+    """No file may grow beyond 200 kB, so a checkpoint cannot be written. One line says so, and nothing is lost."""
+    folder = train(small(max_steps=6, save_steps=1), callbacks=stop_at(2))
     before = {p: p.read_bytes() for p in (folder / "checkpoints").iterdir()}
     assert len(before) == 2
     done = run_cli(

@@ -1,4 +1,4 @@
-"""Studies: what is asked, what is made once, and what came of it."""
+"""Studies: their settings, runs that are made only once, their outcomes, and the tables."""
 
 import itertools
 import json
@@ -16,27 +16,29 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import minicpgd.cli
-from minicpgd import UserError, load_run, plots, train
-from minicpgd.outcome import outcome
-from minicpgd.stats import collapsed, mean, share, window_means
-from minicpgd.studies import BASE, FOUR, QUICK, STUDIES, anatomy_study, drift_study, fair_study, map_study
-from minicpgd.study import Part, Study, _finish, run_study
-from minicpgd.summary import anatomy_summary, borne_rate, display_name, drift_summary, fair_summary, map_summary
-from minicpgd.trainer import Listener
-from minicpgd.warning import Rule, Trace, fall_step, first_alarm, fit, judge, warning_study
+from minicpgd import ALGORITHMS, UserError, load_run, plots, train
+from minicpgd.cli.main import main
+from minicpgd.experiments import QUICK, STUDIES, Part, Study, run_study, warning_study
+from minicpgd.experiments.catalogue import BASE, FOUR, anatomy_study, drift_study, fair_study, map_study
+from minicpgd.experiments.early_warning import Rule, Trace, collapse_step, first_alarm, fit, judge
+from minicpgd.experiments.outcome import collapsed, outcome, window_means
+from minicpgd.experiments.runner import _finish
+from minicpgd.experiments.statistics import bootstrap_mean, wilson
+from minicpgd.experiments.tables import anatomy_summary, drift_summary, fair_summary, map_summary, tolerated_rate
+from minicpgd.training import Callbacks
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from tests.test_study import tiny
-from minicpgd.study import run_study
+from minicpgd.experiments.runner import run_study
 if __name__ == "__main__":
     folder, study = Path(sys.argv[1]), tiny(max_steps=int(sys.argv[2]))
     run_study(study, folder / "tiny", folder / "runs", on_wait=lambda *_: None, jobs=int(sys.argv[3]))
 """
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("MINICPGD_KILLS", "1"))
+SECONDS = 600  # A process that was told to end has this long. On an idle machine it takes less than one.
 FILES = ("study.csv", "steps.csv.gz", "passes.csv.gz")
 
 
@@ -54,63 +56,65 @@ def silent(*_):
     pass
 
 
-def test_a_killed_study_leaves_nobody_behind(tmp_path):
-    """Its workers, in the middle of runs that would take minutes, are gone with it."""
+def logs(folder):
+    return list(folder.glob("runs/*/metrics.jsonl"))
+
+
+def test_the_workers_of_a_killed_study_end(tmp_path):
+    """The study is killed in the middle of runs that would take hours."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), "5000", "2"], cwd=ROOT, start_new_session=True
+        [sys.executable, "-c", SCRIPT, str(tmp_path), "100000", "2"], cwd=ROOT, start_new_session=True
     )  # fmt: skip
-    while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2:
+    while len(logs(tmp_path)) < 2:
         time.sleep(0.05)
         assert process.poll() is None
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SECONDS
     try:
         while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)  # asks only whether anybody is there
+            os.killpg(process.pid, 0)  # This only asks whether the group still has a process.
             time.sleep(0.1)
     except ProcessLookupError:
         return
     os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("ten seconds after the study was killed, its workers go on")
+    pytest.fail(f"{SECONDS} seconds after the study was killed, its workers still run")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A finished study in STUDIES/tiny, its runs in STUDIES/runs, and what it said while it was at it."""
-    studies, said = tmp_path_factory.mktemp("studies"), []
-    run_study(tiny(), studies / "tiny", studies / "runs", on_wait=lambda *words: said.append(words), jobs=2)
-    return studies, said
+def uninterrupted(tmp_path_factory):
+    """The folder of a finished study, with its tables in tiny/ and its runs in runs/; and its reports of progress."""
+    folder, reports = tmp_path_factory.mktemp("studies"), []
+    run_study(tiny(), folder / "tiny", folder / "runs", on_wait=lambda *report: reports.append(report), jobs=2)
+    return folder, reports
 
 
-def test_a_killed_study_goes_on_and_makes_nothing_twice(undisturbed, tmp_path):
-    """Killed at a random moment; its tables are those of an undisturbed one. MINICPGD_KILLS=30 for the long version."""
-    rng, folder, seen = random.Random(time.time_ns()), tmp_path / "killed", {}
+def test_a_killed_study_continues_and_makes_no_run_twice(uninterrupted, tmp_path):
+    """It is killed at a random moment, and has the same tables in the end. MINICPGD_KILLS=30 kills it more often."""
+    rng, folder, finished = random.Random(time.time_ns()), tmp_path / "killed", {}
     for attempt in itertools.count():
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), "10", "1"], cwd=ROOT)
         if attempt < KILLS:
-            runs_before = len(list(folder.glob("runs/*/metrics.jsonl")))
-            while len(list(folder.glob("runs/*/metrics.jsonl"))) <= runs_before and process.poll() is None:
+            before = len(logs(folder))
+            while len(logs(folder)) <= before and process.poll() is None:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 1.5))
             process.kill()
         assert process.wait() in (0, -9)
         for path in folder.glob("runs/*/model"):
-            log = path.parent / "metrics.jsonl"
-            assert seen.setdefault(log, log.stat().st_mtime_ns) == log.stat().st_mtime_ns, (
-                "a finished run was made again"
-            )
+            written = (path.parent / "metrics.jsonl").stat().st_mtime_ns
+            assert finished.setdefault(path, written) == written, "a finished run was made again"
         if process.returncode == 0:
             break
-    assert len(seen) == 5
+    assert len(finished) == 5
     for name in FILES:
-        assert (folder / "tiny" / name).read_bytes() == (undisturbed[0] / "tiny" / name).read_bytes()
+        assert (folder / "tiny" / name).read_bytes() == (uninterrupted[0] / "tiny" / name).read_bytes()
 
 
-def test_the_tables_say_what_the_runs_did(undisturbed):
-    (studies, said), folder = undisturbed, undisturbed[0] / "tiny"
-    assert said[0] == (0, 0.0, 0, 4)
-    assert said[-1] == (1, 1.0, 1, 1)
+def test_the_tables_contain_what_the_runs_logged(uninterrupted):
+    (studies, reports), folder = uninterrupted, uninterrupted[0] / "tiny"
+    assert reports[0] == (0, 0.0, 0, 4)
+    assert reports[-1] == (1, 1.0, 1, 1)
     table = pd.read_csv(folder / "study.csv")
     steps, passes = pd.read_csv(folder / "steps.csv.gz"), pd.read_csv(folder / "passes.csv.gz")
     assert list(table["part"]) == ["first"] * 4 + ["second"]
@@ -126,24 +130,24 @@ def test_the_tables_say_what_the_runs_did(undisturbed):
         logged = steps[steps["run"] == row["run"]]
         for name in metrics:
             np.testing.assert_allclose(logged[name], metrics[name], rtol=1e-5)
-        assert len(passes[passes["run"] == row["run"]]) == 2 * 2  # steps 1 and 10, two passes each
+        assert len(passes[passes["run"] == row["run"]]) == 2 * 2  # Steps 1 and 10 have two passes each.
         assert row["accuracy_final"] == pytest.approx(metrics["eval_accuracy"][10], abs=1e-6)
         assert row["accuracy_before"] == pytest.approx(metrics["eval_accuracy"][0], abs=1e-6)
         assert row["reward_last"] == pytest.approx(np.mean(metrics["reward"][1:]), rel=1e-5)
         assert row["kl_largest"] == pytest.approx(max(metrics["kl_old"][1:]), rel=1e-5)
         assert row["collapsed"] == collapsed(metrics["reward"][1:], metrics["reward"][0])
-    made = json.loads((folder / "made.json").read_text())
-    assert made["command"] == "minicpgd study tiny"
-    assert made["runs"] == 5
-    assert made["versions"]["torch"].startswith("2.")
+    provenance = json.loads((folder / "made.json").read_text())
+    assert provenance["command"] == "minicpgd study tiny"
+    assert provenance["runs"] == 5
+    assert provenance["versions"]["torch"].startswith("2.")
 
 
-def test_studies_that_ask_the_same_share_the_run(undisturbed, tmp_path):
-    studies, _ = undisturbed
-    made = {path: path.stat().st_mtime_ns for path in studies.glob("runs/*/metrics.jsonl")}
-    assert len(made) == 5
+def test_studies_with_the_same_settings_share_their_runs(uninterrupted, tmp_path):
+    studies, _ = uninterrupted
+    written = {path: path.stat().st_mtime_ns for path in logs(studies)}
+    assert len(written) == 5
     run_study(tiny(), tmp_path / "again", studies / "runs", on_wait=silent, jobs=1)
-    assert {path: path.stat().st_mtime_ns for path in studies.glob("runs/*/metrics.jsonl")} == made
+    assert {path: path.stat().st_mtime_ns for path in logs(studies)} == written
     names = [
         list(study.runs(study.parts[0], pd.DataFrame(), tmp_path)["config"].map(lambda c: c.folder.name))
         for study in (tiny(), tiny(seeds=(1, 2)), tiny(temperature=0.9))
@@ -152,16 +156,16 @@ def test_studies_that_ask_the_same_share_the_run(undisturbed, tmp_path):
     assert not set(names[0]) & set(names[2])
 
 
-def test_a_run_made_with_other_defaults_is_not_taken_for_ones_own(undisturbed, tmp_path):
-    shutil.copytree(undisturbed[0] / "runs", tmp_path / "runs")
+def test_a_study_refuses_a_run_that_was_made_with_other_defaults(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0] / "runs", tmp_path / "runs")
     path = next(tmp_path.glob("runs/cpgd-seed0-*/config.json"))
     path.write_text(path.read_text().replace('"epsilon": 0.2', '"epsilon": 0.3'))
-    with pytest.raises(UserError, match="made with other defaults"):
+    with pytest.raises(UserError, match=r"config\.json: its defaults are not today's; choose another folder"):
         run_study(tiny(), tmp_path / "tiny", tmp_path / "runs", on_wait=silent)
 
 
 def test_a_run_that_diverges_is_an_outcome(small, tmp_path):
-    """Its loss stops being a number: that is no failure of the study, and as bad an end as there is."""
+    """A loss that is not a number does not stop a study. The run counts as collapsed, with an accuracy of 0."""
     folder = _finish(small(max_steps=12, learning_rate=1e30))
     result = outcome(folder)
     assert result.diverged
@@ -172,15 +176,15 @@ def test_a_run_that_diverges_is_an_outcome(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rewards", "accuracies", "fell", "healthy", "to_90"),
+    ("rewards", "accuracies", "has_collapsed", "healthy", "to_90"),
     [
         ([0.5] * 20, [0.3, 0.6, 0.9, 0.95, 0.7], False, True, 10),
-        ([0.5] * 20, [0.3, 0.4, 0.4, 0.4, 0.4], False, False, math.nan),  # stood still: neither
-        ([0.8] * 10 + [0.3] * 10, [0.3, 0.95, 0.9, 0.9, 0.9], True, False, 5),  # below half of its best
-        ([0.35] * 20, [0.3, 0.6, 0.6, 0.6, 0.6], True, False, math.nan),  # below its start, 0.4
+        ([0.5] * 20, [0.3, 0.4, 0.4, 0.4, 0.4], False, False, math.nan),  # It has not learned.
+        ([0.8] * 10 + [0.3] * 10, [0.3, 0.95, 0.9, 0.9, 0.9], True, False, 5),  # Its reward is below half of its best.
+        ([0.35] * 20, [0.3, 0.6, 0.6, 0.6, 0.6], True, False, math.nan),  # Its reward is below that at the start, 0.4.
     ],
 )
-def test_outcome_by_hand(small, rewards, accuracies, fell, healthy, to_90):
+def test_an_outcome_agrees_with_one_by_hand(small, rewards, accuracies, has_collapsed, healthy, to_90):
     config = small(max_steps=20)
     config.folder.mkdir()
     config.save(config.folder / "config.json")
@@ -189,7 +193,7 @@ def test_outcome_by_hand(small, rewards, accuracies, fell, healthy, to_90):
         line["eval_accuracy"] = accuracy
     (config.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = outcome(config.folder)
-    assert (result.collapsed, result.healthy) == (fell, healthy)
+    assert (result.collapsed, result.healthy) == (has_collapsed, healthy)
     assert result.steps_to_90 == pytest.approx(to_90, nan_ok=True)
     assert (result.accuracy_before, result.accuracy_best, result.accuracy_final) == (
         accuracies[0], max(accuracies), accuracies[-1],
@@ -199,11 +203,11 @@ def test_outcome_by_hand(small, rewards, accuracies, fell, healthy, to_90):
     assert (result.kl_largest, result.kl_last) == pytest.approx((2.0, 1.55))
 
 
-def test_one_writer_at_a_time(small):
-    """A second process is sent away, and has touched nothing."""
+def test_a_run_has_one_writer_at_a_time(small):
+    """A second process is refused, and has changed nothing."""
     config = small(max_steps=4)
 
-    def heard(step, *_):
+    def resume_elsewhere(step, *_):
         if step == 2:
             before = (config.folder / "metrics.jsonl").read_bytes()
             other = subprocess.run(
@@ -214,34 +218,34 @@ def test_one_writer_at_a_time(small):
             assert "another process is writing this run" in other.stderr
             assert (config.folder / "metrics.jsonl").read_bytes() == before
 
-    train(config, listener=Listener(step=heard))
+    train(config, callbacks=Callbacks(on_step=resume_elsewhere))
     assert len(load_run(config.folder).metrics["step"]) == 5
 
 
-def test_wilson_by_hand():
-    """(p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964."""
+def test_wilsons_interval_agrees_with_its_formula():
+    """The formula is (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), with z = 1.959964."""
     z = 1.959964
     for k, n in ((0, 5), (3, 5), (5, 5), (17, 40)):
         p = k / n
         centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        ours = share(k, n)
+        ours = wilson(k, n)
         assert ours.value == p
         assert ours.low == pytest.approx((centre - half) / (1 + z * z / n), abs=1e-6)
         assert ours.high == pytest.approx((centre + half) / (1 + z * z / n), abs=1e-6)
 
 
-def test_the_bootstrap_has_the_normal_interval_where_there_is_much_data():
+def test_the_bootstrap_interval_of_many_values_is_the_normal_one():
     values = np.random.default_rng(1).normal(2.0, 3.0, 400)
-    ours, half = mean(values), 1.96 * values.std() / 20
+    ours, half = bootstrap_mean(values), 1.96 * values.std() / 20
     assert ours.value == pytest.approx(values.mean())
     assert ours.low == pytest.approx(values.mean() - half, abs=0.05)
     assert ours.high == pytest.approx(values.mean() + half, abs=0.05)
-    assert mean([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
-    assert np.isnan(mean([0.5]).low)
-    assert mean(values) == ours
+    assert bootstrap_mean([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert np.isnan(bootstrap_mean([0.5]).low)
+    assert bootstrap_mean(values) == ours
 
 
-def test_window_means_by_hand():
+def test_window_means_agree_with_those_by_hand():
     assert window_means([0.0] * 10 + [1.0] * 5).tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     with pytest.raises(ValueError, match="9 steps"):
         window_means([1.0] * 9)
@@ -252,7 +256,7 @@ def arms(study):
     return [{**study.base, **arm} for arm in part.settings(pd.DataFrame())], list(part.seeds)
 
 
-def test_the_studies_ask_what_they_say(tmp_path):
+def test_the_studies_have_the_settings_that_they_announce(tmp_path):
     cells, seeds = arms(STUDIES["map"])
     grid = {(c["algorithm"], c["learning_rate"], c["num_iterations"] * 4) for c in cells}
     assert grid == set(itertools.product(FOUR, (3e-5, 1e-4, 3e-4, 1e-3), (4, 16, 64)))
@@ -264,7 +268,7 @@ def test_the_studies_ask_what_they_say(tmp_path):
     )
     for study in (*STUDIES.values(), *QUICK.values()):
         for config in study.runs(study.parts[0], pd.DataFrame(), tmp_path)["config"]:
-            assert config.num_responses == 64  # the same rollouts for all
+            assert config.num_responses == 64  # All have rollouts of one size.
             assert config.max_steps == study.base["max_steps"]
     names = {c["algorithm"] for c in arms(anatomy_study())[0]}
     assert {"cpgd", "cpg", "pgd", "grpo_drift", "grpo_dual_clip", "grpo_unclipped", "rloo_drift", "grpo"} < names
@@ -272,7 +276,7 @@ def test_the_studies_ask_what_they_say(tmp_path):
     assert len(map_study(rates=(1e-4,)).parts[0].settings(pd.DataFrame())) == 12
 
 
-def test_a_fair_search_gives_each_the_same_chances():
+def test_a_fair_search_gives_each_algorithm_the_same_chances():
     study = fair_study()
     search, report = study.parts
     cells = search.settings(pd.DataFrame())
@@ -280,30 +284,32 @@ def test_a_fair_search_gives_each_the_same_chances():
         name: [{k: v for k, v in c.items() if k != "algorithm"} for c in cells if c["algorithm"] == name]
         for name in FOUR
     }
-    assert all(found == per_algorithm["cpgd"] for found in per_algorithm.values())
+    assert all(settings == per_algorithm["cpgd"] for settings in per_algorithm.values())
     assert not set(search.seeds) & set(report.seeds)
     assert all(1e-5 <= c["learning_rate"] <= 3e-4 for c in cells)
     table = pd.DataFrame([{**c, "reward_last": 0.1, "accuracy_final": 0.9} for c in cells])
-    table.loc[5, ["reward_last", "accuracy_final"]] = 0.7, 0.2  # chosen by what training saw, not by the held-out set
+    table.loc[5, ["reward_last", "accuracy_final"]] = 0.7, 0.2  # The training reward decides.
     chosen = {c["algorithm"]: c for c in report.settings(table)}
     assert set(chosen) == set(FOUR)
     assert chosen[cells[5]["algorithm"]] == cells[5]
 
 
-def test_fall_step_by_hand():
-    assert math.isnan(fall_step(np.full(21, 0.5)))
-    assert fall_step(np.array([0.3, 0.5, 0.5, 0.5, 0.6, 0.1, 0.1, 0.1])) == 5
-    assert fall_step(np.array([0.3, 0.5, 0.5, 0.5, 0.6, 0.1, 0.6, 0.6])) != 5  # one bad rollout is no fall
-    assert fall_step(np.array([0.5, 0.2, 0.2, 0.2])) == 1
+def test_the_collapse_step_agrees_with_one_by_hand():
+    assert math.isnan(collapse_step(np.full(21, 0.5)))
+    assert collapse_step(np.array([0.3, 0.5, 0.5, 0.5, 0.6, 0.1, 0.1, 0.1])) == 5
+    assert collapse_step(np.array([0.3, 0.5, 0.5, 0.5, 0.6, 0.1, 0.6, 0.6])) != 5  # One bad rollout is no collapse.
+    assert collapse_step(np.array([0.5, 0.2, 0.2, 0.2])) == 1
 
 
-def trace(signal, falls, healthy=False):
+def trace(signal, collapse, healthy=False):
+    """A run with this signal, which collapses at this step, or not at all."""
     metrics = {"step": np.arange(1, 11), "kl_old": np.array(signal, dtype=float)}
-    return Trace(metrics, falls is not None, healthy, math.nan if falls is None else falls, drift=False)
+    has_collapsed = collapse is not None
+    return Trace(metrics, has_collapsed, healthy, collapse if has_collapsed else math.nan, drift=False)
 
 
-def test_a_rule_is_judged_by_hand():
-    early = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]  # first alarm at step 4
+def test_the_judgement_of_a_rule_agrees_with_one_by_hand():
+    early = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]  # The first alarm is at step 4.
     never = [0] * 10
     rule = Rule("kl_old", 1, 0.5)
     assert first_alarm(rule, trace(early, None).metrics) == 4
@@ -314,30 +320,33 @@ def test_a_rule_is_judged_by_hand():
         "announced": 2, "collapsed": 4, "false_alarms": 2, "not_collapsed": 4, "healthy_alarms": 1, "healthy": 2,
         "lead_median": 1.5,
     }  # fmt: skip
-    found = fit("kl_old", [trace(early, 6), trace(never, None)])
-    assert judge(found, [trace(early, 6), trace(never, None)])["announced"] == 1
-    assert found.side == 1
+    above = fit("kl_old", [trace(early, 6), trace(never, None)])
+    assert judge(above, [trace(early, 6), trace(never, None)])["announced"] == 1
+    assert above.side == 1
     below = fit("kl_old", [trace([-x for x in early], 6), trace(never, None)])
     assert below.side == -1
 
 
-def test_a_warning_needs_runs_to_look_through(undisturbed, tmp_path):
+def test_the_warning_study_needs_runs_of_other_studies(uninterrupted, tmp_path):
     with pytest.raises(UserError, match="make one first"):
         warning_study(tmp_path, tmp_path / "warning")
-    shutil.copytree(undisturbed[0] / "tiny", tmp_path / "map")
+    shutil.copytree(uninterrupted[0] / "tiny", tmp_path / "map")
     with pytest.raises(UserError, match="too few runs"):
         warning_study(tmp_path, tmp_path / "warning")
 
 
-def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """A map of one cell, two seeds; then its figures hold what the table holds, and the rest complain in one line."""
-    monkeypatch.setattr("minicpgd.studies.BASE", BASE | {"num_prompts": 2, "eval_steps": 5, "eval_problems": 16})
+def test_the_command_study_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """It makes a map of one cell with two seeds. The figures show the numbers of the table."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(
+        "minicpgd.experiments.catalogue.BASE", BASE | {"num_prompts": 2, "eval_steps": 5, "eval_problems": 16}
+    )
     monkeypatch.setitem(QUICK, "map", map_study(rates=(1e-4,), updates=(4,), seeds=(100, 101), max_steps=10))
     arguments = ["study", "map", "--quick", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["minicpgd", *arguments])
-    minicpgd.cli.main()
+    main()
     out = capsys.readouterr().out
-    assert "How hard may each algorithm be pushed" in out
+    assert QUICK["map"].asks in out
     assert "8 of 8 runs" in out
     for name in ("study.csv", "map.png", "frontiers.png", "map_curves.png"):
         assert str(tmp_path / "map-quick" / name) in out
@@ -345,7 +354,7 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     heat = plots.map_heat(tmp_path / "map-quick")
     table = pd.read_csv(tmp_path / "map-quick" / "study.csv")
     for axis, (name, rows) in zip(heat.axes, table.groupby("algorithm", sort=False), strict=False):
-        assert axis.get_title(loc="left").startswith(display_name(name))
+        assert axis.get_title(loc="left").startswith(ALGORITHMS[name].label)
         assert f"{rows['accuracy_final'].mean():.2f}" in [text.get_text() for text in axis.texts]
     for figure in (plots.map_frontiers(tmp_path / "map-quick"), plots.map_curves(tmp_path / "map-quick")):
         assert all(
@@ -353,12 +362,12 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
         )
     monkeypatch.setattr(sys, "argv", ["minicpgd", "plot", "--all", "--results", str(tmp_path)])
     with pytest.raises(SystemExit):
-        minicpgd.cli.main()
-    assert "not there; --results names the folder of committed logs" in capsys.readouterr().err
+        main()
+    assert "missing; --results names the folder of committed logs" in capsys.readouterr().err
 
 
-def test_the_borne_rate_by_hand():
-    """1.0 at 1e-4, 0.0 at 1e-2: half-way on the logarithm; clamped to the map where it never falls, or always has."""
+def test_the_tolerated_rate_agrees_with_one_by_hand():
+    """An accuracy of 1 at 1e-4 and of 0 at 1e-2 gives 1e-3. Other seeds give the largest or the smallest rate."""
     rows = pd.DataFrame(
         {
             "seed": [1, 1, 2, 2, 3, 3],
@@ -366,11 +375,11 @@ def test_the_borne_rate_by_hand():
             "accuracy_final": [0.0, 1.0, 0.9, 1.0, 0.1, 0.4],
         }
     )
-    assert borne_rate(rows).tolist() == pytest.approx([1e-3, 1e-2, 1e-4])
+    assert tolerated_rate(rows).tolist() == pytest.approx([1e-3, 1e-2, 1e-4])
 
 
-def test_the_summary_of_a_map_by_hand(tmp_path):
-    """Two algorithms, two rates, two seeds: CPGD is healthy in 3 of 4 runs, GRPO in 1 of 4."""
+def test_the_summary_of_a_map_agrees_with_one_by_hand(tmp_path):
+    """There are two algorithms, two rates and two seeds. CPGD is healthy in 3 of 4 runs, GRPO in 1 of 4."""
     cells = itertools.product(("cpgd", "grpo"), (1e-4, 1e-2), (1, 2))
     rows = [dict(zip(("algorithm", "learning_rate", "seed"), cell, strict=True)) for cell in cells]
     table = pd.DataFrame(rows).assign(updates_per_rollout=64)
@@ -383,14 +392,14 @@ def test_the_summary_of_a_map_by_hand(tmp_path):
     assert grpo["healthy share of the map"] == "25 % [0, 50]"
     assert grpo["CPGD's is larger by"] == "50 points [0, 100]"
     assert cpgd["collapsed at K = 64"] == "1 of 4"
-    assert cpgd["fell at K = 64, lr 1e-2"] == "1 of 2, 50 % [9, 91]"  # Wilson's interval
-    assert grpo["fell at K = 64, lr 1e-2"] == "2 of 2, 100 % [34, 100]"
-    assert cpgd["learning rate borne at K = 64"].startswith("3.2e-3 [1.0e-3, 1.0e-2]")
-    assert grpo["learning rate borne at K = 64"].startswith("≤ ")  # one seed is lost at the smallest rate already
-    assert grpo["CPGD bears, times that"].startswith("≥ 10.0 [")
+    assert cpgd["collapsed at K = 64, lr 1e-2"] == "1 of 2, 50 % [9, 91]"  # This is Wilson's interval.
+    assert grpo["collapsed at K = 64, lr 1e-2"] == "2 of 2, 100 % [34, 100]"
+    assert cpgd["learning rate tolerated at K = 64"].startswith("3.2e-3 [1.0e-3, 1.0e-2]")
+    assert grpo["learning rate tolerated at K = 64"].startswith("≤ ")  # At the smallest rate one seed is below half.
+    assert grpo["CPGD tolerates, times that"].startswith("≥ 10.0 [")
 
 
-def test_the_summary_of_a_drift_study_by_hand(tmp_path):
+def test_the_summary_of_a_drift_study_agrees_with_one_by_hand(tmp_path):
     rows = [
         {"drift_coef": coef, "seed": seed, "accuracy_final": final, "drift_coef_mean": 2.5}
         for coef, finals in {"0.0": (0.1, 0.3), "3.0": (0.8, 0.9), "30.0": (0.9, 0.5), "auto": (0.6, 0.8)}.items()
@@ -405,8 +414,8 @@ def test_the_summary_of_a_drift_study_by_hand(tmp_path):
     assert (row["accuracy at α = 0"], row["accuracy of auto"]) == ("0.20 [0.10, 0.30]", "0.70 [0.60, 0.80]")
 
 
-def test_the_summaries_of_a_fair_race_and_of_an_anatomy_by_hand(tmp_path):
-    """Differences are taken seed by seed, and the search has no part in the report."""
+def test_the_summaries_of_the_fair_study_and_of_the_anatomy_agree_with_those_by_hand(tmp_path):
+    """Differences are taken seed by seed, and the report leaves the search out."""
     report = {"cpgd": (0.9, 0.7), "grpo": (0.8, 0.6)}
     rows = [
         {"part": "report", "algorithm": name, "seed": seed, "accuracy_final": final, "reward_last": final / 2}

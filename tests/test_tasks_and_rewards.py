@@ -1,4 +1,4 @@
-"""Problems from files and from the hub, and what an answer to them is worth."""
+"""Problems from files and from the hub, and the rewards of answers to them."""
 
 import json
 import os
@@ -13,24 +13,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import minicpgd.cli
-from minicpgd import TrainConfig, UserError, load_run, mathematics, train
+from minicpgd import TrainConfig, UserError, load_run, train
+from minicpgd.cli.main import main
 from minicpgd.errors import ConfigError
-from minicpgd.rewards import (
+from minicpgd.tasks import (
     REWARDS,
-    boxes,
+    TASKS,
     call_reward,
-    exact,
+    chain_arithmetic,
+    describe_data,
+    get_task,
+    gsm8k,
     is_solution,
     load_reward,
-    one_box,
-    plain,
-    reference_answer,
-    stated_answer,
+    math_answers,
 )
-from minicpgd.tasks import TASKS, chain_arithmetic, describe_data, get_task, gsm8k
 from minicpgd.tasks.chain_arithmetic import is_held_out
-from minicpgd.tasks.files import find_files, read_files
+from minicpgd.tasks.data_files import find_files, read_files
+from minicpgd.tasks.rewards import boxes, exact, one_box, plain, reference_answer, stated_answer
+
+SECONDS = 300  # An answer takes a second of processor time at most. A busy machine may give it little of that.
 
 
 def write(path, rows):
@@ -46,12 +48,12 @@ def chains(number, seed=0):
 
 @pytest.fixture
 def a_new_judge(monkeypatch):
-    """The other process of `mathematics`, and its memory of answers, as in a program that has just begun."""
-    mathematics.same_value.cache_clear()
-    judge = mathematics._Judge()
-    monkeypatch.setattr(mathematics, "_judge", judge)
+    """The second process of `math_answers`, and its cache of answers, as in a program that has just begun."""
+    math_answers.same_value.cache_clear()
+    judge = math_answers._Judge()
+    monkeypatch.setattr(math_answers, "_judge", judge)
     yield judge
-    mathematics.same_value.cache_clear()
+    math_answers.same_value.cache_clear()
     if judge._process:
         judge._process.kill()
         judge._process.wait()
@@ -84,15 +86,15 @@ def a_new_judge(monkeypatch):
         ("", None),
     ],
 )
-def test_where_the_final_answer_stands(completion, stated):
+def test_the_final_answer_is_found_where_a_response_states_it(completion, stated):
     assert stated_answer(completion) == stated
 
 
-def test_the_reference_may_come_with_its_reasoning():
+def test_a_reference_may_have_its_reasoning_before_it():
     assert reference_answer("6 * 12 = <<6*12=72>>72\n#### 72") == "72"
     assert reference_answer(r"Thus \boxed{72}.") == "72"
     assert reference_answer("72") == "72"
-    assert reference_answer("# 5") == "# 5"  # one `#` is chain arithmetic's mark, and references of its have none
+    assert reference_answer("# 5") == "# 5"  # One `#` marks answers of chain arithmetic, whose references have none.
 
 
 @pytest.mark.parametrize(
@@ -101,13 +103,13 @@ def test_the_reference_may_come_with_its_reasoning():
      ("-1,000", "-1000"), ("1,23", "1,23"), ("1,2345", "1,2345"), ("(1,234)", "(1,234)"), (r"\frac12", r"\frac12"),
      ("0.5", "0.5"), ("Paris.", "Paris")],
 )  # fmt: skip
-def test_what_does_not_change_an_answer_is_taken_away(text, same):
+def test_what_does_not_change_an_answer_is_removed(text, same):
     assert plain(text) == same
 
 
-def test_exact_is_to_the_letter():
-    said = [r"\boxed{1,000}", "#### $1000.", "#1000", "1000", r"\boxed{1000.0}", r"\boxed{10^3}", "#### 1001"]
-    assert exact(["?"] * 7, said, ["1000"] * 7) == [1, 1, 1, 0, 0, 0, 0]
+def test_the_reward_exact_compares_characters():
+    completions = [r"\boxed{1,000}", "#### $1000.", "#1000", "1000", r"\boxed{1000.0}", r"\boxed{10^3}", "#### 1001"]
+    assert exact(["?"] * 7, completions, ["1000"] * 7) == [1, 1, 1, 0, 0, 0, 0]
     assert exact(["?"], [r"\boxed{1000}"], ["so\n#### 1,000"]) == [1]
 
 
@@ -168,22 +170,22 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("pairs", "same"), [(EQUAL, True), (DIFFERENT, False)])
-def test_equal_in_value(pairs, same):
-    """Worked out by hand, each of them."""
+def test_answers_are_compared_by_value(pairs, same):
+    """We decided by hand which pairs are equal."""
     wrong = [pair for pair in pairs if is_solution(rf"Therefore \boxed{{{pair[1]}}}.", pair[0]) is not same]
     assert not wrong
 
 
-def test_an_equation_is_not_asked_for_where_a_number_is_but_the_other_way_round():
-    """math-verify takes the reference first, and is not symmetric: swapped, this fails."""
+def test_an_equation_answers_a_number_but_a_number_does_not_answer_an_equation():
+    """math-verify takes the reference first. If the two were swapped, this test would fail."""
     assert is_solution(r"\boxed{x = y + 1 = 3}", "3")
     assert not is_solution(r"\boxed{3}", "2x + z = 3")
     assert is_solution(r"\boxed{2x + z = 3}", "3")
 
 
-def test_the_mathematical_reward():
-    said = ["#### 0.5", "#1/2", r"\boxed{0.4}", "nothing", r"\boxed{\frac{1}{2}"]
-    assert REWARDS["math"](["?"] * 5, said, ["half of it\n#### 1/2"] * 5, level=[1] * 5) == [1, 1, 0, 0, 0]
+def test_the_reward_math_is_1_for_an_equal_value_and_else_0():
+    completions = ["#### 0.5", "#1/2", r"\boxed{0.4}", "nothing", r"\boxed{\frac{1}{2}"]
+    assert REWARDS["math"](["?"] * 5, completions, ["half of it\n#### 1/2"] * 5, level=[1] * 5) == [1, 1, 0, 0, 0]
 
 
 HOSTILE = [
@@ -193,27 +195,27 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def test_hostile_answers_are_wrong_and_soon_done_with(a_new_judge, monkeypatch):
-    monkeypatch.setattr(mathematics, "SECONDS", 0.3)
+def test_hostile_answers_are_wrong_and_do_not_take_long(a_new_judge, monkeypatch):
+    monkeypatch.setattr(math_answers, "SECONDS", 0.3)
     for n, answer in enumerate(HOSTILE, start=2):
         started = time.perf_counter()
         assert is_solution(rf"\boxed{{{answer}}}", "72") is False, answer[:40]
         assert is_solution(f"#### {answer}", "72") is False, answer[:40]
-        assert time.perf_counter() - started < 10, answer[:40]
-        assert is_solution(rf"\boxed{{{n * 72}/{n}}}", "72")  # and the next one is none the worse
+        assert time.perf_counter() - started < SECONDS, answer[:40]
+        assert is_solution(rf"\boxed{{{n * 72}/{n}}}", "72")  # The next answer is judged as always.
     a_new_judge._process.kill()
     a_new_judge._process.wait()
-    assert not is_solution(rf"\boxed{{{'1+' * 100}1}}", "101")  # more than LONGEST: nobody is asked
+    assert not is_solution(rf"\boxed{{{'1+' * 100}1}}", "101")  # It has more than LONGEST characters.
     assert a_new_judge._process.poll() is not None
     for text in (r"\boxed{" * 200_000, "#" * 1_000_000, "}" * 1_000_000, "$" * 1_000_000, "1," * 500_000):
-        started = time.perf_counter()
+        started = time.process_time()
         assert stated_answer(text) in (None, "")
         assert one_box(["?"], [text]) == [0.0]
-        assert time.perf_counter() - started < 5
+        assert time.process_time() - started < 60  # An algorithm with quadratic time would take hours.
 
 
-def test_threads_may_ask_and_nobody_loses_an_alarm(a_new_judge):
-    """math-verify's own timeouts would raise here."""
+def test_several_threads_may_compare_answers_and_no_alarm_is_lost(a_new_judge):
+    """The timeouts of math-verify itself would raise in a thread."""
     handler = signal.getsignal(signal.SIGALRM)
     answers = {}
     threads = [
@@ -228,7 +230,7 @@ def test_threads_may_ask_and_nobody_loses_an_alarm(a_new_judge):
     assert signal.getsignal(signal.SIGALRM) is handler
 
 
-def test_the_other_process_is_our_own_and_hears_no_ctrl_c(a_new_judge):
+def test_the_second_process_belongs_to_one_process_and_gets_no_ctrl_c(a_new_judge):
     assert is_solution(r"\boxed{2/4}", "0.5")
     ours = a_new_judge._process
     assert os.getsid(ours.pid) == ours.pid
@@ -238,15 +240,16 @@ def test_the_other_process_is_our_own_and_hears_no_ctrl_c(a_new_judge):
         os.write(writing, b"y" if right else b"n")
         os._exit(0)
     os.waitpid(child, 0)
+    os.close(writing)
     assert os.read(reading, 1) == b"y"
     assert a_new_judge._process is ours
     ours.kill()
     ours.wait()
-    assert a_new_judge.ask("0.25", "1/4")  # killed while nobody asked: another one answers
+    assert a_new_judge.ask("0.25", "1/4")  # It was killed between two questions, so another one answers.
 
 
 @pytest.mark.parametrize("use", ["reward", "sum", "jsonl", "is_solution"])
-def test_without_math_verify_one_line_says_what_to_install(a_new_judge, tmp_path, monkeypatch, use):
+def test_without_math_verify_one_line_names_the_package_to_install(a_new_judge, tmp_path, monkeypatch, use):
     (tmp_path / "math_verify.py").write_text("raise ImportError('No module\\nnamed math_verify')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     data = write(tmp_path / "problems.jsonl", chains(40))
@@ -259,7 +262,7 @@ def test_without_math_verify_one_line_says_what_to_install(a_new_judge, tmp_path
     with pytest.raises(ConfigError, match=r"pip install 'minicpgd\[math\]' \(No module named math_verify\)") as caught:
         calls[use]()
     assert "\n" not in str(caught.value)
-    assert is_solution(r"\boxed{1}", "1")  # to the letter: nobody has to be asked
+    assert is_solution(r"\boxed{1}", "1")  # The characters agree, so math-verify is not needed.
 
 
 # Rewards by name and weight ------------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ def test_without_math_verify_one_line_says_what_to_install(a_new_judge, tmp_path
      (r"\boxed{}", 0), (r"\boxed{ }", 0), (r"\boxed{72", 0), ("#### 72", 0), ("", 0),
      (r"\boxed{\boxed{72}}", 0)],
 )  # fmt: skip
-def test_format_is_one_box_at_the_end(response, reward):
+def test_the_reward_format_is_1_for_one_box_at_the_end(response, reward):
     assert one_box(["?"], [response]) == [reward]
     assert len(boxes(response)) <= response.count("boxed")
 
@@ -283,7 +286,7 @@ ROWS = [{"prompt": "a", "answer": "1/2", "level": 3}, {"prompt": "b", "answer": 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A module of the user's."""
+    """A user's module of reward functions."""
     (tmp_path / "mine_too.py").write_text(
         "def level(prompts, completions, level, **_):\n    return level\n"
         "def broken(prompts, completions, **_):\n    raise RuntimeError('no luck')\n"
@@ -339,7 +342,7 @@ def test_one_name_alone_is_the_function_itself(mine):
         ("mine_too:three", "three is not a function"),
     ],
 )
-def test_a_reward_that_cannot_be_read(mine, text, line):
+def test_a_reward_that_cannot_be_read_is_one_line(mine, text, line):
     with pytest.raises(ConfigError, match=line) as caught:
         load_reward(text)
     assert "\n" not in str(caught.value)
@@ -355,7 +358,7 @@ def test_a_reward_that_cannot_be_read(mine, text, line):
         ("mine_too:broken", "reward function mine_too:broken raised RuntimeError: no luck"),
     ],
 )
-def test_a_part_that_fails_is_named(mine, text, line):
+def test_a_part_of_a_sum_that_fails_is_named(mine, text, line):
     with pytest.raises(UserError, match=f"^{line}"):
         call_reward(load_reward(text), [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}], ["x", "y"])
 
@@ -380,7 +383,7 @@ def test_rows_of_jsonl_and_parquet_are_the_same(tmp_path):
     ("number", "text"),
     [(3, "3"), (3.0, "3"), (-0.5, "-0.5"), (10**30, "1" + "0" * 30), ("3.0", "3.0"), ("x", "x"), (1e300, None)],
 )
-def test_a_number_is_a_good_answer(tmp_path, number, text):
+def test_an_answer_may_be_a_number(tmp_path, number, text):
     path = write(tmp_path / "a.jsonl", [{"prompt": "?", "answer": number}])
     assert read_files(find_files(path)["all"])[0]["answer"] == (text or str(int(1e300)))
 
@@ -414,7 +417,7 @@ GOOD = b'{"prompt": "a", "answer": "1"}\n'
         (GOOD + b'{"prompt": "a", "answer": 1, "x": 1}', "a.jsonl, line 1: no 'x', which .*a.jsonl, line 2 has"),
     ],
 )
-def test_a_file_that_is_wrong(tmp_path, content, line):
+def test_a_wrong_file_is_one_line_with_the_place(tmp_path, content, line):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=line) as caught:
         get_task("jsonl", data=str(tmp_path / "a.jsonl"))
@@ -422,7 +425,7 @@ def test_a_file_that_is_wrong(tmp_path, content, line):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_parquet_that_is_wrong(tmp_path, monkeypatch):
+def test_a_wrong_parquet_file_is_one_line(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 not")
     with pytest.raises(UserError, match=r"a.parquet: not a readable parquet file"):
@@ -436,7 +439,7 @@ def test_parquet_that_is_wrong(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_data_that_is_not_there(tmp_path):
+def test_missing_or_ambiguous_data_is_one_line(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,answer")
     (tmp_path / "folder").mkdir()
     write(tmp_path / "two" / "train.jsonl", chains(2))
@@ -460,9 +463,9 @@ def test_data_that_is_not_there(tmp_path):
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
 
-def test_one_file_holds_out_the_prompts_that_their_letters_say(tmp_path):
+def test_one_file_holds_out_the_prompts_that_the_checksum_chooses(tmp_path):
     rows = chains(600)
-    rows += rows[:300]  # twice the same prompt is on one side
+    rows += rows[:300]  # Equal prompts are on the same side.
     data = write(tmp_path / "a.jsonl", rows)
     task = get_task("jsonl", data=data)
     everything = task.sample(10_000, random.Random(0))
@@ -472,11 +475,11 @@ def test_one_file_holds_out_the_prompts_that_their_letters_say(tmp_path):
     assert prompts == {row["prompt"] for row in rows if is_held_out(row["prompt"])}
     assert len(held_out) == sum(is_held_out(row["prompt"]) for row in rows)
     assert 20 < len(prompts) < 60
-    told = get_task("jsonl", data=data, instruction="Think.")  # what is added below does not move the split
-    assert [row["prompt"] for row in told.held_out(10_000)] == [row["prompt"] + "\n\nThink." for row in held_out]
+    instructed = get_task("jsonl", data=data, instruction="Think.")  # The instruction does not change the split.
+    assert [row["prompt"] for row in instructed.held_out(10_000)] == [row["prompt"] + "\n\nThink." for row in held_out]
 
 
-def test_one_file_that_leaves_nothing(tmp_path):
+def test_one_file_that_leaves_no_problems_to_train_on_or_to_hold_out_is_refused(tmp_path):
     trained = next(row for row in chains(99) if not is_held_out(row["prompt"]))
     tested = next(row for row in chains(99) if is_held_out(row["prompt"]))
     with pytest.raises(UserError, match=r"its 2 problems leave none to hold out, as one prompt in 16 .* give more"):
@@ -487,7 +490,7 @@ def test_one_file_that_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("place", ["", "main", "data"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
-def test_a_folder_says_which_is_which(tmp_path, place, kind):
+def test_a_folder_has_files_to_train_on_and_files_to_hold_out(tmp_path, place, kind):
     train, test = chains(6, seed=1), chains(3, seed=2)
     folder = tmp_path / "folder" / place
     for name, rows in (("train", train + test[:1]), ("test", test)):
@@ -507,7 +510,7 @@ def test_a_folder_says_which_is_which(tmp_path, place, kind):
     assert str(folder / "test") in line
 
 
-def test_a_folder_without_a_test_file_is_split_and_one_that_is_all_test_refused(tmp_path):
+def test_a_folder_without_a_test_file_is_split_and_one_without_other_problems_is_refused(tmp_path):
     write(tmp_path / "a" / "train.jsonl", chains(99))
     task = get_task("jsonl", data=str(tmp_path / "a"))
     assert all(is_held_out(row["prompt"]) for row in task.held_out(99))
@@ -517,7 +520,7 @@ def test_a_folder_without_a_test_file_is_split_and_one_that_is_all_test_refused(
         get_task("jsonl", data=str(tmp_path / "b"))
 
 
-def test_samples_are_decided_by_the_seed_and_repeat_nothing_early(tmp_path):
+def test_the_seed_decides_the_samples_and_no_problem_repeats_before_all_have_come(tmp_path):
     for name, seed in (("train", 1), ("test", 2)):
         write(tmp_path / f"{name}.jsonl", chains(20, seed))
     task = get_task("jsonl", data=str(tmp_path))
@@ -533,7 +536,7 @@ def test_samples_are_decided_by_the_seed_and_repeat_nothing_early(tmp_path):
     assert len(task.held_out(99)) == 20
 
 
-def test_what_a_task_is_worth_and_says(tmp_path):
+def test_a_task_has_a_reward_and_describes_its_data(tmp_path):
     data = write(tmp_path / "a.jsonl", chains(99))
     task = get_task("jsonl", data=data)
     assert task.reward is REWARDS["math"]
@@ -552,7 +555,7 @@ def test_what_a_task_is_worth_and_says(tmp_path):
 
 @pytest.fixture
 def published(tmp_path):
-    """The hub's repository as it is published, but for its size."""
+    """A copy of the hub's repository, with fewer problems."""
     card = []
     for config in ("main", "socratic"):
         (tmp_path / "gsm8k" / config).mkdir(parents=True)
@@ -573,11 +576,11 @@ def published(tmp_path):
     return tmp_path / "gsm8k"
 
 
-def test_gsm8k_from_the_hub_and_from_a_copy_of_it_is_the_same(published, tmp_path, monkeypatch, capsys):
+def test_gsm8k_from_the_hub_and_from_a_copy_of_it_are_the_same(published, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gsm8k, "HUB_NAME", str(published))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     hub, copy = get_task("gsm8k"), get_task("gsm8k", data=str(published))
-    assert capsys.readouterr().err == ""  # tests/conftest.py has asked for quiet
+    assert capsys.readouterr().err == ""  # tests/conftest.py has called quiet().
     for task in (hub, copy):
         rows = task.held_out(99)
         assert sorted(row["answer"] for row in rows) == ["1000", "2000", "3000"]
@@ -596,7 +599,7 @@ def test_gsm8k_from_the_hub_and_from_a_copy_of_it_is_the_same(published, tmp_pat
     assert "main/train-00000-of-00001.parquet" in describe_data(TrainConfig(task="gsm8k", data=str(published)))
 
 
-def test_gsm8k_as_its_authors_published_it(tmp_path):
+def test_gsm8k_in_the_files_of_its_authors_is_read(tmp_path):
     for split, number in (("train", 4), ("test", 2)):
         write(
             tmp_path / f"{split}.jsonl",
@@ -611,7 +614,7 @@ def test_gsm8k_as_its_authors_published_it(tmp_path):
         get_task("gsm8k", data=str(tmp_path))
 
 
-def test_gsm8k_without_a_network_or_a_library(monkeypatch, tmp_path, capsys):
+def test_gsm8k_without_a_network_or_a_library_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     command = "hf download openai/gsm8k --repo-type dataset --local-dir gsm8k"
     with pytest.raises(UserError, match=r"^openai/gsm8k cannot be had from the hub \(\w+\): ") as caught:
@@ -624,9 +627,10 @@ def test_gsm8k_without_a_network_or_a_library(monkeypatch, tmp_path, capsys):
     ) as caught:
         get_task("gsm8k")
     assert command in str(caught.value)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["minicpgd", "train", "--task", "gsm8k", "--output-dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as leaving:
-        minicpgd.cli.main()
+        main()
     assert leaving.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -636,7 +640,7 @@ def test_gsm8k_without_a_network_or_a_library(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_on_a_file_is_a_run_like_any_other(small, tmp_path):
-    """The embedded model on problems of its own kind, from a file: it gets some of them right."""
+    """The embedded model solves some of the problems, because they are of the kind that it knows."""
     data = write(tmp_path / "chains.jsonl", chains(200))
     config = small(task="jsonl", data=data, max_steps=2, num_prompts=8)
     run = train(config)
@@ -649,20 +653,21 @@ def test_a_run_on_a_file_is_a_run_like_any_other(small, tmp_path):
     assert prompts <= {row["prompt"] for row in chains(200) if not is_held_out(row["prompt"])}
 
 
-def test_a_sum_of_rewards_on_the_command_line(tmp_path, monkeypatch, capsys):
+def test_a_run_may_be_rewarded_with_a_sum_that_has_a_function_of_the_current_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     write(tmp_path / "chains.jsonl", chains(200))
     (tmp_path / "by_length.py").write_text(
-        "def f(completions, **_):\n    return [len(c) for c in completions]\n"  # as TRL would call it: by keyword
+        "def f(completions, **_):\n    return [len(c) for c in completions]\n"  # TRL passes keywords, too.
     )
     words = "--task jsonl --data chains.jsonl --max-steps 2 --num-prompts 2 --num-generations 4 --num-minibatches 2"
     words += " --eval-problems 4 --output-dir run --max-completion-length 32 --reward"
     monkeypatch.setattr(sys, "argv", ["minicpgd", "train", *words.split(), "math + 0.001*by_length:f"])
-    minicpgd.cli.main()
+    main()
     metrics = load_run(tmp_path / "run").metrics
-    added = 1000 * (metrics["reward"] - metrics["accuracy"])[1:]
-    assert ((added > 0) & (added <= 32)).all()  # the embedded model's tokens are letters
+    lengths = 1000 * (metrics["reward"] - metrics["accuracy"])[1:]
+    assert ((lengths > 0) & (lengths <= 32)).all()  # A token of the embedded model is one character.
     monkeypatch.setattr(sys, "argv", ["minicpgd", "train", *words.split(), "math + 0.1*fromat", "--output-dir", "b"])
     with pytest.raises(SystemExit):
-        minicpgd.cli.main()
+        main()
     assert "did you mean 'format'" in capsys.readouterr().err

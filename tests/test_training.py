@@ -1,7 +1,9 @@
-"""The loop: it learns, repeats itself to the byte, and measures what SPEC says under the names SPEC gives."""
+"""The loop learns, obeys its callbacks, and writes the metrics that it should, under the names that it should."""
 
 import dataclasses
 import math
+import random
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ import torch
 
 import minicpgd
 from minicpgd import ALGORITHMS, TrainConfig, UserError, evaluate, load_run, train
-from minicpgd.evaluation import pass_at_k
-from minicpgd.learner import Learner
-from minicpgd.runlog import load_timings, read_lines
-from minicpgd.stats import collapsed
-from minicpgd.trainer import Listener
+from minicpgd.config import SamplingSettings
+from minicpgd.errors import NonFiniteError
+from minicpgd.experiments.outcome import collapsed
+from minicpgd.tasks import get_task
+from minicpgd.training import Callbacks, Learner, load_timings, respond
+from minicpgd.training.evaluation import pass_at_k
+from minicpgd.training.run_folder import read_lines
 
 METRICS = (
     "reward reward_std frac_reward_zero_std accuracy completion_length frac_truncated advantage_min "
@@ -24,8 +28,8 @@ METRICS = (
 TIMINGS = "step rollout_seconds update_seconds tokens_per_second peak_memory_bytes".split()
 
 
-def test_cpgd_learns_to_work_it_out(tmp_path):
-    """K = 4, the defaults: from a quarter to nine in ten, by discovering that writing more is worth it."""
+def test_cpgd_learns_to_work_the_answer_out(tmp_path):
+    """With the defaults, K = 4, accuracy rises from a quarter to nine in ten, because responses become longer."""
     run = train(TrainConfig(output_dir=str(tmp_path / "run"), max_steps=30))
     metrics = load_run(run).metrics
     assert metrics["eval_accuracy"][0] < 0.45
@@ -42,7 +46,7 @@ def test_cpgd_learns_to_work_it_out(tmp_path):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_row_trains(small, name):
-    """That each repeats itself to the byte is shown in test_determinism.py."""
+    """test_determinism.py tests that each run repeats itself to the byte."""
     changes = {"algorithm": name, "max_steps": 2, "num_iterations": 2, "eval_steps": 1, "logging_steps": 1}
     first, other = train(small("first", **changes)), train(small("other", seed=1, **changes))
     assert (first / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes()
@@ -58,7 +62,7 @@ def test_every_row_trains(small, name):
 
 
 def test_metrics_of_a_rollout(small):
-    """Against what can be counted in samples.jsonl: one prompt, so the samples are the whole rollout."""
+    """They agree with what samples.jsonl has. With one prompt the samples are the whole rollout."""
     run = train(small(num_prompts=1, num_generations=16, max_steps=4, logging_steps=1, drift_coef=2.5))
     _, metrics, samples = load_run(run)
     for step in range(1, 5):
@@ -69,7 +73,7 @@ def test_metrics_of_a_rollout(small):
         assert metrics["accuracy"][step] == pytest.approx(np.mean(rewards))
         assert metrics["reward_std"][step] == pytest.approx(np.std(rewards, ddof=1), abs=1e-6)
         assert metrics["frac_reward_zero_std"][step] == (len(set(rewards)) == 1)
-        ended = 1  # each response that was not cut has an end-of-sequence token that the text does not show
+        ended = 1  # A response that was not truncated has an end-of-sequence token that its text does not show.
         if metrics["frac_truncated"][step] == 0:
             assert metrics["completion_length"][step] == pytest.approx(
                 np.mean([len(s["completion"]) for s in rows]) + ended
@@ -80,7 +84,7 @@ def test_metrics_of_a_rollout(small):
 
 
 def test_passes_of_a_rollout(small):
-    """A line per pass, at step 1 and every `logging_steps`; the last pass is what the step's metrics say."""
+    """Each pass has a line, at step 1 and every `logging_steps`. The step's metrics are those of the last pass."""
     run = train(small(num_iterations=3, max_steps=5, logging_steps=4))
     rows, metrics = read_lines(run / "passes.jsonl"), load_run(run).metrics
     assert [(row["step"], row["pass"]) for row in rows] == [(step, n) for step in (1, 4) for n in (1, 2, 3)]
@@ -91,8 +95,8 @@ def test_passes_of_a_rollout(small):
     assert rows[0]["kl_old"] < rows[2]["kl_old"]
 
 
-def test_k_1_is_on_policy(small):
-    """One update per rollout: its metrics are those at ratio 1."""
+def test_one_update_per_rollout_is_on_policy(small):
+    """Its metrics are those at ratio 1."""
     run = train(small(num_minibatches=1, max_steps=2))
     metrics = load_run(run).metrics
     assert metrics["ratio_max"][1:] == pytest.approx(1, abs=1e-4)
@@ -103,7 +107,7 @@ def test_k_1_is_on_policy(small):
 
 @pytest.mark.parametrize("name", ["cpgd", "reinforce_pp", "dr_grpo", "gspo"])
 def test_micro_batches_make_the_same_update(small, name):
-    """Through the whole model: parameters after one SGD step, whole and in threes, with a reference and truncation."""
+    """After one SGD step the parameters are the same, whole and in threes, with a reference and truncation."""
     after = []
     for size in (None, 3):
         config = small(
@@ -132,8 +136,8 @@ def test_chunks_and_checkpointing_make_the_same_update(small):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_masked_truncated_responses_teach_nothing(small):
-    """All are cut: nothing changes. Without the mask, something does."""
+def test_masked_truncated_responses_change_no_weight(small):
+    """Nothing changes if all are truncated. Without the mask the weights change."""
     for masked in (True, False):
         config = small(max_completion_length=2, mask_truncated_completions=masked, drift_coef=0.0, num_generations=16)
         learner = Learner.from_config(config)
@@ -146,8 +150,8 @@ def test_masked_truncated_responses_teach_nothing(small):
             assert unchanged == masked
 
 
-def test_beta_holds_the_policy_to_its_start(small):
-    """In the loss (grpo) or the reward (reinforce_pp): kl_ref is reported, 0 at first, smaller under a large beta."""
+def test_beta_keeps_the_policy_near_its_start(small):
+    """In the loss (grpo) or the reward (reinforce_pp), kl_ref is logged, 0 at first, and smaller with a large beta."""
     for name in ("grpo", "reinforce_pp"):
         last = {}
         for beta in (1e-9, 3.0):
@@ -158,7 +162,7 @@ def test_beta_holds_the_policy_to_its_start(small):
         assert last[3.0] < last[1e-9]
 
 
-def test_auto_keeps_its_value_when_nothing_is_learned(small):
+def test_auto_keeps_its_value_if_no_response_has_an_advantage(small):
     learner = Learner.from_config(small(num_minibatches=1))
     learner.drift_coef = 0.123
     learner.reward = lambda prompts, completions, **_: [0.5] * len(completions)
@@ -169,33 +173,94 @@ def test_auto_keeps_its_value_when_nothing_is_learned(small):
 
 
 def test_a_reward_function_of_your_own(small, tmp_path, monkeypatch):
-    """TRL's signature, columns included; accuracy still counts right answers."""
-    (tmp_path / "mine.py").write_text(
+    """It has TRL's signature, with the columns of the dataset. Accuracy still counts right answers."""
+    (tmp_path / "short_is_better.py").write_text(
         "def short(prompts, completions, answer, **columns):\n"
         "    assert len(prompts) == len(completions) == len(answer) and prompts[0].endswith('=')\n"
         "    return [-len(c) / 10 for c in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    metrics = load_run(train(small(reward="mine:short", logging_steps=1))).metrics
+    metrics = load_run(train(small(reward="short_is_better:short", logging_steps=1))).metrics
     assert metrics["reward"].max() < 0
     assert metrics["accuracy"].max() > 0
 
 
-def test_a_listener_hears_and_stops(small):
-    heard = []
-    listener = Listener(step=lambda step, metrics, timings: heard.append(step), stop=lambda: len(heard) == 2)
-    run = train(small(max_steps=5), listener=listener)
-    assert heard == [0, 1, 2]
+def test_callbacks_learn_of_every_step_and_can_stop_the_run(small):
+    steps, resumed = [], []
+
+    def on_step(step, metrics, timings):
+        steps.append((step, "reward" in metrics, set(timings)))
+
+    run = train(small(max_steps=5), callbacks=Callbacks(on_step=on_step, should_stop=lambda: len(steps) == 2))
+    assert [step for step, *_ in steps] == [0, 1, 2]
+    assert steps[0][1:] == (True, set())
+    assert steps[1][1:] == (True, set(TIMINGS) - {"step"})
     assert not (run / "model").exists()
-    train(small(max_steps=5), resume=True, listener=Listener(step=lambda step, *_: heard.append(step)))
-    assert heard == [0, 1, 2, 3, 4, 5]
+    train(small(max_steps=5), resume=True, callbacks=Callbacks(on_step=on_step, on_resume=resumed.append))
+    assert [step for step, *_ in steps] == [0, 1, 2, 3, 4, 5]
+    assert resumed == [2]
+
+
+def test_training_computes_the_embedded_model_on_one_thread(small, record_threads):
+    """The caller's number of threads is restored for each callback, and at the end."""
+    used, between = [], []
+
+    def on_load(policy):
+        nonlocal used
+        used = record_threads(policy.model)
+        for parameter in policy.model.parameters():
+            parameter.register_hook(lambda gradient: used.append(torch.get_num_threads()))
+
+    def on_step(step, metrics, timings):
+        between.append(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    train(small(max_steps=2, beta=0.1), callbacks=Callbacks(on_load=on_load, on_step=on_step))
+    assert len(used) > 100
+    assert set(used) == {1}
+    assert between == [3, 3, 3]
+    assert torch.get_num_threads() == 3
+
+
+def test_a_training_that_fails_restores_the_number_of_threads(small, record_threads):
+    def break_model(policy):
+        with torch.no_grad():
+            policy.model.lm_head.weight[3] = float("nan")
+
+    torch.set_num_threads(3)
+    with pytest.raises(NonFiniteError, match="step 0: the model's logits are not finite"):
+        train(small(), callbacks=Callbacks(on_load=break_model))
+    assert torch.get_num_threads() == 3
+
+
+def test_evaluation_computes_the_embedded_model_on_one_thread(policy, record_threads):
+    torch.set_num_threads(3)
+    used = record_threads(policy.model)
+    evaluate(policy, num_problems=8, num_samples=2)
+    assert len(used) > 10
+    assert set(used) == {1}
+    assert torch.get_num_threads() == 3
+    with torch.no_grad():
+        policy.model.lm_head.weight[3] = float("nan")
+    with pytest.raises(NonFiniteError):
+        evaluate(policy, num_problems=8, num_samples=2)
+    assert torch.get_num_threads() == 3
+
+
+def test_responses_to_held_out_problems(policy):
+    """`right` has a row for each problem. Greedy responses to one prompt are the same, and samples are not."""
+    task, settings = get_task("chain_arithmetic"), SamplingSettings(48, top_k=1)
+    rollout, right = respond(policy, task, 6, settings, num_samples=4, seed=1)
+    problems = task.held_out(6, seed=1)
+    assert right.shape == (6, 4)
+    expected = [task.is_correct(problems[i // 4], text) for i, text in enumerate(rollout.completions)]
+    assert right.flatten().tolist() == expected
+    assert any(len(set(rollout.completions[i : i + 4])) > 1 for i in range(0, 24, 4))  # top_k is not used.
+    greedy, _ = respond(policy, task, 6, settings, num_samples=4, greedy=True, seed=1)
+    assert all(len(set(greedy.completions[i : i + 4])) == 1 for i in range(0, 24, 4))
 
 
 def test_held_out_problems_are_never_trained_on():
-    import random
-
-    from minicpgd.tasks import get_task
-
     task = get_task("chain_arithmetic")
     held_out = {p["prompt"] for p in task.held_out(2000)}
     trained = {p["prompt"] for p in task.sample(20_000, random.Random(0))}
@@ -216,9 +281,7 @@ def test_held_out_problems_are_never_trained_on():
 
 
 def test_pass_at_k_is_unbiased():
-    """By brute force over all ways to draw k of n."""
-    from itertools import combinations
-
+    """It is the share of all ways to draw k of n in which one is right."""
     for n, c in ((5, 0), (5, 2), (6, 3), (4, 4)):
         for k in range(1, n + 1):
             draws = list(combinations([True] * c + [False] * (n - c), k))
@@ -227,15 +290,15 @@ def test_pass_at_k_is_unbiased():
 
 def test_collapse():
     assert not collapsed([0.3] * 10 + [0.9] * 10, start=0.3)
-    assert collapsed([0.3] * 10 + [0.9] * 10 + [0.4] * 10, start=0.3)  # below half of its best
+    assert collapsed([0.3] * 10 + [0.9] * 10 + [0.4] * 10, start=0.3)  # The end is below half of the best.
     assert not collapsed([0.3] * 10 + [0.9] * 10 + [0.5] * 10, start=0.3)
-    assert collapsed([0.3] * 10 + [0.29] * 10, start=0.3)  # below where it started
+    assert collapsed([0.3] * 10 + [0.29] * 10, start=0.3)  # The end is below the start.
     assert collapsed([0.2] * 10, start=0.3)
     with pytest.raises(ValueError, match="10"):
         collapsed([0.5] * 9, start=0.3)
 
 
-def test_the_public_face():
+def test_the_public_names_and_defaults(tmp_path):
     for name in minicpgd.__all__:
         assert getattr(minicpgd, name)
     assert len(ALGORITHMS) == 17
@@ -248,5 +311,5 @@ def test_the_public_face():
     assert TrainConfig().drift_coef == "auto"
     assert TrainConfig(num_iterations=16, num_minibatches=4).updates_per_rollout == 64
     with pytest.raises(UserError, match="not a run"):
-        load_run("nowhere")
+        load_run(tmp_path / "nowhere")
     assert math.isclose(TrainConfig().temperature, 1)

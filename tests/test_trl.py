@@ -1,4 +1,4 @@
-"""Our objectives inside TRL: two processes that learn, one that agrees with them, every row, every refusal."""
+"""Inside TRL two processes learn, one process agrees with them, every row has our loss, and bad settings are errors."""
 
 import importlib
 import json
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import loss_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minicpgd import ALGORITHMS
 from minicpgd.errors import ConfigError, UserError
-from minicpgd.policy import EMBEDDED
+from minicpgd.models import EMBEDDED
 
 pytest.importorskip("trl", reason="needs the extra trl: pip install -e '.[trl]'")
 ours = importlib.import_module("minicpgd.integrations.trl")
@@ -24,20 +25,20 @@ CPU = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "
 
 
 def run(*command):
-    """A Python program to its end; what it said, should it fail."""
+    """Run a Python program. If it fails, the message is the end of its stderr."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What two processes left behind, then one that replayed their responses."""
+    """Return the folder of two processes, and of one that replayed their responses."""
     folder = tmp_path_factory.mktemp("ranks")
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, SCRIPT, folder)
     run(SCRIPT, folder)
@@ -68,22 +69,22 @@ def test_one_process_with_the_same_batch_has_the_same_losses(ranks, name):
     assert len(two) == len(one) > 3
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in one] == pytest.approx([line[key] for line in two], abs=1e-4, rel=1e-4)
-    assert len({round(line["loss"], 4) for line in two}) > 3  # and they are not all the same number
+    assert len({round(line["loss"], 4) for line in two}) > 3  # The losses differ from each other.
 
 
 @pytest.fixture
 def make(tmp_path):
-    """A function that makes a trainer on the embedded model; its rewards are those it is told, in turn."""
+    """Return a function that makes a trainer on the embedded model, with given rewards."""
     from datasets import Dataset
 
     def trainer_of(model=str(EMBEDDED), rewards=None, **settings):
-        def told(completions, **_):
+        def reward(completions, **_):
             return [float(len(c) % 3) for c in completions] if rewards is None else rewards[: len(completions)]
 
         common = {"per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP, "max_completion_length": 12}
         return ours.CPGDTrainer(
             model=model,
-            reward_funcs=told,
+            reward_funcs=reward,
             args=ours.CPGDConfig(output_dir=str(tmp_path / "trl"), logging_steps=1, **(CPU | common | settings)),
             train_dataset=Dataset.from_list([{"prompt": f"{digit}+1="} for digit in range(8)]),
             processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
@@ -92,8 +93,8 @@ def make(tmp_path):
     return trainer_of
 
 
-def rollout(trainer):
-    """One rollout, and its first micro-batch as the loss gets it."""
+def first_batch(trainer):
+    """Sample a rollout, and return its first micro-batch as the loss gets it."""
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     return trainer._prepare_inputs([{"prompt": f"{digit}+1="} for digit in range(PROMPTS) for _ in range(GROUP)])
@@ -102,15 +103,16 @@ def rollout(trainer):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_loss_is_ours_for_every_row(make, name):
     trainer = make(algorithm=name, num_iterations=2, epsilon=0.1)
-    inputs = rollout(trainer)
+    inputs = first_batch(trainer)
     moved = torch.randn(inputs["completion_mask"].shape, generator=torch.Generator().manual_seed(0))
     inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + 0.5 * moved
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
-    there = [p.grad.clone() for p in trainer.model.parameters()]
+    gradients = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad()
     logp = trainer._scored[0].detach().requires_grad_()
-    expected = ALGORITHMS[name].loss(
+    expected = loss_of(
+        name,
         logp,
         inputs["old_per_token_logps"],
         inputs["advantages"],
@@ -121,15 +123,15 @@ def test_the_loss_is_ours_for_every_row(make, name):
     )
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6, abs=1e-7)
     expected.loss.backward()
-    again, _, _ = super(ours.CPGDTrainer, trainer)._get_per_token_logps_and_entropies(
+    logp_of_model, _, _ = super(ours.CPGDTrainer, trainer)._get_per_token_logps_and_entropies(
         trainer.model,
         torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
         torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
         inputs["completion_ids"].size(1),
     )
-    again.backward(logp.grad)
-    for here, parameter in zip(there, trainer.model.parameters(), strict=True):
-        assert torch.allclose(here, parameter.grad, rtol=1e-4, atol=1e-7)
+    logp_of_model.backward(logp.grad)
+    for gradient, parameter in zip(gradients, trainer.model.parameters(), strict=True):
+        assert torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -144,17 +146,17 @@ def test_the_loss_is_ours_for_every_row(make, name):
     ],
     ids=lambda setting: next(iter(setting)),
 )
-def test_a_setting_does_in_trl_what_it_does_here(make, setting):
+def test_a_setting_has_the_same_effect_in_trl(make, setting):
     trainer = make(num_iterations=2, **setting)
-    inputs = rollout(trainer)
+    inputs = first_batch(trainer)
     moved = torch.randn(inputs["completion_mask"].shape, generator=torch.Generator().manual_seed(0))
     inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + 0.5 * moved
-    there = trainer._compute_loss(trainer.model, inputs).item()
+    in_trl = trainer._compute_loss(trainer.model, inputs).item()
     tensors = trainer._scored[0], inputs["old_per_token_logps"], inputs["advantages"], inputs["completion_mask"]
     common = {"drift_coef": inputs["advantages"].abs().max().item(), "max_completion_length": 12}
-    here, without = (ALGORITHMS["cpgd"].loss(*tensors, **(common | added)).loss.item() for added in (setting, {}))
-    assert there == pytest.approx(here, rel=1e-5)
-    assert there != pytest.approx(without, rel=1e-3)
+    here, without = (loss_of("cpgd", *tensors, **(common | changes)).loss.item() for changes in (setting, {}))
+    assert in_trl == pytest.approx(here, rel=1e-5)
+    assert in_trl != pytest.approx(without, rel=1e-3)
 
 
 @pytest.mark.parametrize("weight", [None, "equal", "std", "clip_filter"])
@@ -162,54 +164,54 @@ def test_a_setting_does_in_trl_what_it_does_here(make, setting):
 def test_advantages_are_ours(make, name, weight):
     rewards = [0.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
     trainer = make(rewards=rewards, algorithm=name, advantage_weight=weight)
-    made = trainer._generate_and_score_completions(
+    batch = trainer._generate_and_score_completions(
         [{"prompt": f"{digit}+1="} for digit in range(PROMPTS) for _ in range(GROUP)]
     )
-    lengths = made["completion_mask"].sum(dim=1).view(PROMPTS, GROUP)
+    lengths = batch["completion_mask"].sum(dim=1).view(PROMPTS, GROUP)
     grouped = torch.tensor(rewards).view(PROMPTS, GROUP)
     expected = ALGORITHMS[name].advantages(grouped, lengths, advantage_weight=weight).flatten()
-    assert torch.allclose(made["advantages"], expected)
+    assert torch.allclose(batch["advantages"], expected)
     assert list(trainer._logs["advantages"]) == pytest.approx(expected.tolist())
 
 
-def test_the_table_of_completions_has_our_advantages_alone_in_an_evaluation_too(make):
+def test_in_an_evaluation_the_table_of_completions_has_our_advantages_only(make):
     trainer = make(rewards=[0.0, 1.0, 1.0, 1.0], advantage_weight="equal")
     trainer.model.eval()
     trainer._generate_and_score_completions([{"prompt": "1+1="}] * GROUP)
     assert list(trainer._logs["advantages"]) == pytest.approx([-0.75, 0.25, 0.25, 0.25])
 
 
-def test_a_response_that_nobody_scored_is_one_line(make):
+def test_a_response_without_any_reward_is_one_line(make):
     with pytest.raises(UserError, match="a response got no number from any reward function"):
-        rollout(make(rewards=[0.0, 1.0, None, 1.0, 0.0, 0.0, 1.0, 1.0]))
+        first_batch(make(rewards=[0.0, 1.0, None, 1.0, 0.0, 0.0, 1.0, 1.0]))
 
 
 def test_a_truncated_response_keeps_its_length_in_a_mean_over_tokens(make):
     rewards = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     trainer = make(rewards=rewards, algorithm="reinforce_pp", max_completion_length=3, mask_truncated_completions=True)
     rows = [{"prompt": f"{digit}+1="} for digit in range(PROMPTS) for _ in range(GROUP)]
-    made = trainer._generate_and_score_completions(rows)
-    assert not made["completion_mask"].sum(dim=1).all()  # some were truncated
-    shape = (PROMPTS, GROUP)  # and every response, "#6" and its end or cut off, is 3 tokens long
+    batch = trainer._generate_and_score_completions(rows)
+    assert not batch["completion_mask"].sum(dim=1).all()  # Some responses were truncated.
+    shape = (PROMPTS, GROUP)  # Every response has 3 tokens: "#6" and its end, or the first 3 of a longer one.
     expected = ALGORITHMS["reinforce_pp"].advantages(torch.tensor(rewards).view(shape), torch.full(shape, 3))
-    assert torch.allclose(made["advantages"], expected.flatten())
+    assert torch.allclose(batch["advantages"], expected.flatten())
 
 
-def test_auto_goes_on_from_a_checkpoint_with_the_last_coefficient(make):
+def test_auto_continues_from_a_checkpoint_with_the_last_coefficient(make):
     settings = {"num_iterations": 2, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     first = make(**settings)
     first.train()
     assert first.drift_coef != 1
-    second = make(rewards=[1.0] * 8, **(settings | {"max_steps": 4}))  # no advantages from here on
+    second = make(rewards=[1.0] * 8, **(settings | {"max_steps": 4}))  # From here on there are no advantages.
     second.train(resume_from_checkpoint=True)
     assert second.drift_coef == first.drift_coef
 
 
-def test_log_probabilities_of_the_sampler_are_there_where_they_are_needed(make):
-    assert "old_per_token_logps" in rollout(make(num_iterations=2))
-    assert "old_per_token_logps" in rollout(make(per_device_train_batch_size=4, steps_per_generation=2))
-    once = make()  # one update: the policy is the sampler, and the loss has the gradient of that
-    inputs = rollout(once)
+def test_the_batch_has_the_log_probabilities_of_the_sampler_if_the_loss_needs_them(make):
+    assert "old_per_token_logps" in first_batch(make(num_iterations=2))
+    assert "old_per_token_logps" in first_batch(make(per_device_train_batch_size=4, steps_per_generation=2))
+    once = make()  # With one update the policy is the sampler, and the loss has its gradient.
+    inputs = first_batch(once)
     assert "old_per_token_logps" not in inputs
     loss = once._compute_loss(once.model, inputs)
     loss.backward()
@@ -223,53 +225,53 @@ def test_log_probabilities_of_the_sampler_are_there_where_they_are_needed(make):
 @pytest.mark.parametrize("name", ["cpgd", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_micro_batches_change_no_gradient(make, name, steps):
-    """Four micro-batches, in one optimizer step or in two: the gradient is that of all the step's responses at once."""
+    """Four micro-batches, in one optimizer step or in two, have the gradient of all the step's responses at once."""
     together = 4 // steps
     settings = {"steps_per_generation": 4, "gradient_accumulation_steps": together, "per_device_train_batch_size": 2}
     trainer = make(algorithm=name, max_completion_length=40, **settings)
-    parts = [rollout(trainer)]
+    parts = [first_batch(trainer)]
     for trainer._step in range(1, 4):
         parts.append(trainer._prepare_inputs(None))
     for first in range(0, 4, together):
         step = parts[first : first + together]
         for part in step:
             trainer._compute_loss(trainer.model, part).backward()
-        there = [p.grad.clone() for p in trainer.model.parameters()]
+        gradients = [p.grad.clone() for p in trainer.model.parameters()]
         trainer.model.zero_grad()
         whole = {
             key: torch.cat([p[key] for p in step]) for key in parts[0] if key not in ("share", "num_items_in_batch")
         }
         whole |= {"share": 1.0, "num_items_in_batch": parts[0]["num_items_in_batch"]}
         trainer._compute_loss(trainer.model, whole).backward()
-        assert any(gradient.any() for gradient in there)
-        for here, parameter in zip(there, trainer.model.parameters(), strict=True):
-            assert torch.allclose(here, parameter.grad, rtol=1e-3, atol=1e-6)
+        assert any(gradient.any() for gradient in gradients)
+        for gradient, parameter in zip(gradients, trainer.model.parameters(), strict=True):
+            assert torch.allclose(gradient, parameter.grad, rtol=1e-3, atol=1e-6)
         trainer.model.zero_grad()
 
 
-def test_a_step_that_reaches_into_the_next_rollout_takes_it_to_be_as_long(make):
+def test_a_step_that_includes_the_next_rollout_assumes_equal_lengths(make):
     trainer = make(
         algorithm="dapo", per_device_train_batch_size=4, steps_per_generation=2, gradient_accumulation_steps=4
     )
-    inputs = rollout(trainer)
+    inputs = first_batch(trainer)
     tokens = [batch["completion_mask"].sum().item() for batch in trainer._buffered_inputs]
     assert inputs["share"].item() == pytest.approx(tokens[0] / (2 * sum(tokens)))
 
 
-def test_the_short_step_that_ends_an_epoch_is_a_whole_mean(make):
+def test_the_short_step_at_the_end_of_an_epoch_takes_a_whole_mean(make):
     trainer = make(
         algorithm="dapo", per_device_train_batch_size=4, steps_per_generation=2, gradient_accumulation_steps=4
     )
-    rollout(trainer)
+    first_batch(trainer)
     tokens = [batch["completion_mask"].sum().item() for batch in trainer._buffered_inputs]
-    trainer._step, trainer.current_gradient_accumulation_steps = 1, 2  # as transformers sets it there
+    trainer._step, trainer.current_gradient_accumulation_steps = 1, 2  # transformers sets these there.
     assert trainer._prepare_inputs(None)["share"].item() == pytest.approx(tokens[1] / sum(tokens))
 
 
 @pytest.mark.parametrize("width", [1, None], ids=["a response's", "a token's"])
-def test_weights_of_another_sampler_weigh_every_token(make, width):
+def test_weights_of_another_sampler_multiply_every_token(make, width):
     trainer = make(num_iterations=2)
-    inputs = rollout(trainer)
+    inputs = first_batch(trainer)
     plain = trainer._compute_loss(trainer.model, inputs | {"old_per_token_logps": inputs["old_per_token_logps"] - 0.1})
     ratio = torch.full_like(inputs["old_per_token_logps"], 0.5)[:, :width]
     halved = inputs | {"old_per_token_logps": inputs["old_per_token_logps"] - 0.1, "importance_sampling_ratio": ratio}
@@ -277,12 +279,12 @@ def test_weights_of_another_sampler_weigh_every_token(make, width):
     assert plain.item() != 0
 
 
-def test_an_answer_of_a_tool_is_no_token_of_the_policy(make):
+def test_the_loss_does_not_read_the_answers_of_tools(make):
     trainer = make(num_iterations=2, algorithm="dapo")
-    inputs = rollout(trainer)
+    inputs = first_batch(trainer)
     tool_mask = (torch.arange(inputs["completion_mask"].size(1)) != 1).long().expand_as(inputs["completion_mask"])
     moved = inputs["old_per_token_logps"].clone()
-    moved[:, 1] += 5  # what it was, the loss must not see
+    moved[:, 1] += 5  # The loss must not read these values.
     losses = [
         trainer._compute_loss(trainer.model, inputs | {"tool_mask": tool_mask, "old_per_token_logps": old}).item()
         for old in (inputs["old_per_token_logps"], moved)
@@ -291,21 +293,21 @@ def test_an_answer_of_a_tool_is_no_token_of_the_policy(make):
     assert trainer._compute_loss(trainer.model, inputs | {"old_per_token_logps": moved}).item() != losses[0]
 
 
-def test_the_reference_is_paid_where_the_row_says(make):
+def test_the_kl_to_the_reference_is_in_the_loss_or_in_the_reward_as_the_row_says(make):
     in_loss, in_reward = (make(algorithm=name, beta=0.5, num_iterations=2) for name in ("cpgd", "reinforce_pp"))
     for trainer in (in_loss, in_reward):
         with torch.no_grad():
             for parameter in trainer.ref_model.parameters():
                 parameter.mul_(0.9)
-    inputs = rollout(in_reward)
+    inputs = first_batch(in_reward)
     penalty = ((inputs["old_per_token_logps"] - inputs["ref_per_token_logps"]) * inputs["completion_mask"]).sum(dim=1)
     lengths = inputs["completion_mask"].sum(dim=1)
     texts = in_reward.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
     rewards = torch.tensor([float(len(text) % 3) for text in texts]) - 0.5 * penalty
-    shape = (PROMPTS, GROUP)  # no groups in this row: any order will do
+    shape = (PROMPTS, GROUP)  # This row has no groups, so the order does not matter.
     expected = ALGORITHMS["reinforce_pp"].advantages(rewards.view(shape), lengths.view(shape)).flatten()
     assert torch.allclose(inputs["advantages"], expected, atol=1e-4)
-    inputs = rollout(in_loss)
+    inputs = first_batch(in_loss)
     with_reference = in_loss._compute_loss(in_loss.model, inputs).item()
     in_loss.beta = 0.0
     assert with_reference > in_loss._compute_loss(in_loss.model, inputs).item()
@@ -320,12 +322,13 @@ def test_experts_are_balanced_as_trl_balances_them(make, tmp_path):
     )  # fmt: skip
     Qwen3MoeForCausalLM(shape).save_pretrained(tmp_path / "moe")
     trainer = make(model=str(tmp_path / "moe"), rewards=[1.0] * 8, router_aux_loss_coef=0.1, num_iterations=2)
-    loss = trainer._compute_loss(trainer.model, rollout(trainer))
-    assert loss.item() == pytest.approx(0.1 * trainer._scored[2].item(), rel=1e-4)  # equal rewards: nothing else
+    loss = trainer._compute_loss(trainer.model, first_batch(trainer))
+    # With equal rewards the loss has no other part.
+    assert loss.item() == pytest.approx(0.1 * trainer._scored[2].item(), rel=1e-4)
     assert loss.item() > 0
 
 
-def test_a_run_logs_trls_metrics_and_ours_and_goes_through_an_evaluation(make):
+def test_a_run_logs_trls_metrics_and_ours_and_can_evaluate(make):
     trainer = make(num_iterations=2, max_steps=2)
     trainer.train()
     names = {name for line in trainer.state.log_history for name in line}
@@ -336,7 +339,7 @@ def test_a_run_logs_trls_metrics_and_ours_and_goes_through_an_evaluation(make):
     assert first["kl_old"] == pytest.approx(0, abs=1e-9)
     assert second["ratio_min"] < 1 < second["ratio_max"]
     assert second["kl_old"] > 0
-    assert not any(made.requires_grad for made in trainer._scored if made is not None)  # no graph outlives its step
+    assert not any(t.requires_grad for t in trainer._scored if t is not None)  # The graphs of a step are freed.
     assert "eval_reward" in trainer.evaluate(trainer.train_dataset)
 
 
@@ -344,28 +347,28 @@ def test_a_run_logs_trls_metrics_and_ours_and_goes_through_an_evaluation(make):
     ("settings", "line"),
     [
         ({"algorithm": "gpro"}, "algorithm = 'gpro': did you mean 'grpo'"),
-        ({"drift_coef": "atuo"}, "drift_coef = 'atuo': float expected"),
+        ({"drift_coef": "atuo"}, "drift_coef = 'atuo': float or auto expected"),
         ({"drift_coef": "2.5", "algorithm": "grpo"}, "drift_coef = 2.5: grpo has no drift"),
-        ({"epsilon": 2.0}, "epsilon = 2.0: it has to be between 0 and 1"),
+        ({"epsilon": 2.0}, "epsilon = 2.0: it has to be less than 1"),
         ({"aggregation": "mean"}, "aggregation = 'mean': did you mean"),
         ({"loss_type": "grpo"}, "loss_type: only TRL's own losses read it; here it is algorithm and aggregation"),
         ({"scale_rewards": "none"}, "scale_rewards: .* advantage_weight"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile: only TRL's"),
     ],
 )
-def test_a_config_that_our_losses_would_not_read_is_refused(tmp_path, settings, line):
+def test_settings_that_our_losses_do_not_read_are_refused(tmp_path, settings, line):
     with pytest.raises(ConfigError, match=line):
         ours.CPGDConfig(output_dir=str(tmp_path), **CPU, **settings)
 
 
-def test_fields_that_are_not_ours_are_trls():
+def test_the_refused_fields_are_fields_of_trl():
     assert set(ours.NOT_OURS) <= {field.name for field in ours.fields(ours.GRPOConfig)}
 
 
-def test_a_reward_that_pays_the_reference_needs_what_the_sampler_thought(make):
+def test_a_kl_in_the_reward_needs_the_log_probabilities_of_the_sampler(make):
     trainer = make(algorithm="reinforce_pp", beta=0.1)
     with pytest.raises(ConfigError, match=r"beta = 0.1: reinforce_pp pays it in the reward"):
-        rollout(trainer)
+        first_batch(trainer)
 
 
 def test_a_config_of_trls_is_refused(make, tmp_path):
@@ -382,7 +385,7 @@ def test_a_config_of_trls_is_refused(make, tmp_path):
 
 @pytest.mark.parametrize("name", ["trl", "verl"])
 def test_a_missing_extra_is_one_line(monkeypatch, name):
-    for module in (name, "verl.trainer.ppo.core_algos"):  # None: as if it were not installed
+    for module in (name, "verl.trainer.ppo.core_algos"):  # With None Python behaves as if it were not installed.
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, f"minicpgd.integrations.{name}", raising=False)
     with pytest.raises(UserError, match=rf"^[^\n]*pip install 'minicpgd\[{name}\]'[^\n]*$"):

@@ -1,7 +1,7 @@
-"""From the flags a user types to the gradient, and from shuffled rewards to advantages, through verl's own functions.
+"""Flags lead to the right gradient, and shuffled rewards to the right advantages, through verl's own functions.
 
 hydra's files, the checks, the dataclass, the worker's loss function and the trainers' `compute_advantage` are verl's.
-What is missing is the cluster: Ray, the engines and the sampler want GPUs.
+Only the cluster is missing: Ray, the engines and the sampler need GPUs.
 """
 
 import re
@@ -34,7 +34,7 @@ ACTOR = "actor_rollout_ref.actor"
 
 
 def composed(row, *overrides):
-    """verl's configuration for a row, as a user would ask for it."""
+    """Return verl's configuration for a row, as a user would set it."""
     return checked(
         f"algorithm.adv_estimator=minicpgd_{row}",
         f"{ACTOR}.policy_loss.loss_mode=minicpgd_{row}",
@@ -46,12 +46,12 @@ def composed(row, *overrides):
     )
 
 
-def checked(*typed):
-    """verl's configuration as `python -m verl.trainer.main_ppo` has it, after verl's own checks."""
+def checked(*words):
+    """Return verl's configuration as in `python -m verl.trainer.main_ppo`, after verl's own checks."""
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
-        config = compose("ppo_trainer", list(typed))
+        config = compose("ppo_trainer", list(words))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no critic
+        warnings.simplefilter("ignore")  # verl warns that there is no critic.
         validate_config(config, need_reference_policy(config), need_critic(config))
     return config
 
@@ -61,7 +61,7 @@ def jagged(rows):
 
 
 def workers_loss(config, case, logp, rows=range(B), prompt=3, **global_batch):
-    """`ppo_loss` on what verl's engine gives it: no padding, and the score of a token one place before the token."""
+    """Call `ppo_loss` as verl's engine does: without padding, and with a token's score one place before the token."""
     lengths = case.mask.sum(dim=1).int().tolist()
     uneven = {
         "prompts": torch.zeros(B, prompt),
@@ -93,7 +93,7 @@ def workers_loss(config, case, logp, rows=range(B), prompt=3, **global_batch):
         ),
     ],
 )
-def test_from_the_command_line_to_the_gradient(row, overrides, settings):
+def test_flags_on_the_command_line_give_the_gradient_of_the_row(row, overrides, settings):
     case = make(0)
     config = omega_conf_to_dataclass(composed(row, *overrides).actor_rollout_ref.actor)
     known = {"batch_num_tokens": int(case.mask.sum()), "global_batch_size": B}
@@ -115,7 +115,7 @@ def test_a_wrong_flag_stops_the_driver():
     assert isinstance(caught.value.__cause__, UserError)
 
 
-def test_the_weight_of_advantages_can_be_typed():
+def test_a_flag_sets_the_weight_of_advantages():
     data = rollout(torch.tensor([1.0, 0, 0]), list("aaa"))
     config = composed("cpgd", "+algorithm.advantage_weight=equal").algorithm
     assert estimate(data, **config).tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3])
@@ -123,7 +123,7 @@ def test_the_weight_of_advantages_can_be_typed():
 
 
 def rollout(rewards, uids, lengths=None):
-    """Each response's reward in two halves, on its first and on its last token."""
+    """Return a batch in which the first and the last token of each response have half of its reward each."""
     lengths = torch.full((len(uids),), 4) if lengths is None else lengths
     mask = (torch.arange(T) < lengths[:, None]).long()
     spread = torch.zeros(len(uids), T)
@@ -141,7 +141,7 @@ def estimate(data, row="cpgd", **config):
     return out.batch["advantages"][:, 0]
 
 
-def test_advantages_of_shuffled_groups():
+def test_the_responses_of_a_group_may_stand_anywhere():
     rewards = torch.tensor([1.0, 0, 3, 1, 0, 2, 0, 2, 5])
     uids = ["b", "a", "c", "b", "a", "c", "b", "a", "c"]
     by_hand, centred = torch.empty(9), torch.empty(9)
@@ -157,7 +157,7 @@ def test_advantages_of_shuffled_groups():
 
 
 def test_whitening_counts_tokens():
-    """A response counts as often as it has tokens, wherever its group stands: against numpy's weighted variance."""
+    """A response counts as often as it has tokens, in any group. numpy's weighted variance agrees."""
     rewards, lengths = torch.tensor([1.0, 0, 3, 1]), torch.tensor([1, 12, 5, 2])
     mean = np.average(rewards, weights=lengths)
     deviation = np.average((rewards - mean) ** 2, weights=lengths) ** 0.5
@@ -175,21 +175,21 @@ def test_whitening_counts_tokens():
         ("cpgd", "aaa", {"advantage_weight": "sdt"}, "algorithm.advantage_weight = 'sdt': did you mean 'std'?"),
     ],
 )
-def test_rollouts_that_cannot_be_compared(row, uids, config, line):
+def test_groups_that_cannot_be_compared_are_one_line(row, uids, config, line):
     with pytest.raises(UserError, match="^[^\n]+$") as caught:
         estimate(rollout(torch.tensor([1.0, 0, 1]), list(uids)), row, **config)
     assert line in str(caught.value)
 
 
-def test_a_rollout_without_uids():
+def test_a_rollout_without_uids_is_one_line():
     with pytest.raises(UserError, match="got no uid"):
         get_adv_estimator_fn("minicpgd_cpgd")(token_level_rewards=torch.ones(2, 2), response_mask=torch.ones(2, 2))
 
 
-def test_the_command_of_the_page_composes():
+def test_the_command_of_the_page_is_a_valid_configuration():
     page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
-    typed = re.search(r"^python -m verl\.trainer\.main_ppo (.*?)\n```", page, re.DOTALL | re.MULTILINE)[1]
-    config = checked(*shlex.split(typed.replace("\\\n", " ")))
+    words = re.search(r"^python -m verl\.trainer\.main_ppo (.*?)\n```", page, re.DOTALL | re.MULTILINE)[1]
+    config = checked(*shlex.split(words.replace("\\\n", " ")))
     assert config.algorithm.adv_estimator == "minicpgd_cpgd"
     loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss
     assert (type(loss).__name__, loss.loss_mode, loss.drift_coef) == ("CPGDLossConfig", "minicpgd_cpgd", 3.75)

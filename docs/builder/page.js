@@ -1,24 +1,28 @@
-// Light or dark, the menu of a narrow screen, and search. The index is loaded when somebody begins to search.
+// The theme, the menu of a narrow screen, and the search, which loads its index when somebody begins to search.
 const root = document.body.dataset.root;
 const byId = (id) => document.getElementById(id);
 const html = document.documentElement;
 
-const chosen = localStorage.getItem("light");
-if (chosen) html.dataset.light = chosen;
-byId("light").onclick = () => {
-  const dark = html.dataset.light ? html.dataset.light === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  html.dataset.light = dark ? "light" : "dark";
-  localStorage.setItem("light", html.dataset.light);
+const savedTheme = localStorage.getItem("theme");
+if (savedTheme) html.dataset.theme = savedTheme;
+byId("theme").onclick = () => {
+  const dark = html.dataset.theme ? html.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  html.dataset.theme = dark ? "light" : "dark";
+  localStorage.setItem("theme", html.dataset.theme);
 };
 
+const scrollMenu = () => {
+  const here = document.querySelector("#pages .here");
+  if (here) byId("pages").scrollTop = here.offsetTop - 200;
+};
 byId("menu").onclick = () => {
-  const open = byId("rooms").classList.toggle("open");
+  const open = byId("pages").classList.toggle("open");
   byId("menu").setAttribute("aria-expanded", open);
+  scrollMenu();
 };
-const here = document.querySelector("nav .here");
-if (here) byId("rooms").scrollTop = here.offsetTop - 200;
+scrollMenu();
 
-// A link to what is folded away unfolds it.
+// A link to a folded part unfolds it.
 const unfold = () => {
   const target = location.hash && byId(decodeURIComponent(location.hash.slice(1)));
   if (target && target.tagName === "DETAILS") target.open = true;
@@ -34,14 +38,14 @@ const load = () => index ||= new Promise((done) => {
   document.head.append(script);
 });
 
-// Every word has to be there. A word in the heading counts most, then one in the page's title, then how often it is said.
+// An entry must contain every word. A word in the heading counts most, then one in the page's title, then one in the text.
 const score = ([page, heading, , text], words) => {
   let sum = 0;
   for (const word of words) {
-    const said = text.split(word).length - 1;
-    const named = heading.toLowerCase().includes(word) * 20 + page.toLowerCase().includes(word) * 8;
-    if (!said && !named) return 0;
-    sum += named + Math.min(said, 5) + (heading.toLowerCase() === word) * 40;
+    const inText = text.split(word).length - 1;
+    const inTitles = heading.toLowerCase().includes(word) * 20 + page.toLowerCase().includes(word) * 8;
+    if (!inText && !inTitles) return 0;
+    sum += inTitles + Math.min(inText, 5) + (heading.toLowerCase() === word) * 40;
   }
   return sum;
 };
@@ -52,7 +56,7 @@ const search = async () => {
   const best = words.length
     ? entries.map((entry) => [score(entry, words), entry]).filter(([s]) => s).sort((a, b) => b[0] - a[0]).slice(0, 12)
     : [];
-  byId("found").replaceChildren(...best.map(([, [page, heading, address, text]]) => {
+  byId("results").replaceChildren(...best.map(([, [page, heading, address, text]]) => {
     const at = Math.max(0, text.indexOf(words[0]) - 40);
     const item = document.createElement("li"), link = document.createElement("a"), snippet = document.createElement("small");
     link.href = root + address;
@@ -62,18 +66,18 @@ const search = async () => {
     item.append(link);
     return item;
   }));
-  if (words.length && !best.length) byId("found").textContent = "nothing found";
-  byId("found").hidden = !words.length;
+  if (words.length && !best.length) byId("results").textContent = "nothing found";
+  byId("results").hidden = !words.length;
 };
 byId("search").oninput = search;
 byId("search").onfocus = load;
 byId("search").onkeydown = (event) => {
-  const links = [...byId("found").querySelectorAll("a")];
-  if (event.key === "Escape") byId("found").hidden = true;
+  const links = [...byId("results").querySelectorAll("a")];
+  if (event.key === "Escape") byId("results").hidden = true;
   if (event.key === "Enter" && links[0]) location.href = links[0].href;
   if (event.key === "ArrowDown" && links[0]) { links[0].focus(); event.preventDefault(); }
 };
-addEventListener("click", (event) => { if (!event.target.closest(".search")) byId("found").hidden = true; });
+addEventListener("click", (event) => { if (!event.target.closest(".search")) byId("results").hidden = true; });
 addEventListener("keydown", (event) => {
   if (event.key === "/" && event.target.tagName !== "INPUT") { byId("search").focus(); event.preventDefault(); }
 });

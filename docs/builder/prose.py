@@ -1,7 +1,7 @@
-r"""Prose: Markdown with mathematics goes in, HTML comes out, readable without a network.
+r"""Prose: Markdown with mathematics goes in, and HTML that needs no network comes out.
 
-Formulas become MathML, which browsers draw themselves. Code is coloured, and each name in it that the package defines
-leads to its definition; so does a name between backticks in the prose.
+Formulas become MathML, which browsers draw themselves. Code is coloured. Each name of the package in it is a link to
+its definition, and so is a name between backticks in the prose.
 """
 
 import html
@@ -17,15 +17,16 @@ from pygments.lexers import BashLexer, PythonLexer, TextLexer, YamlLexer
 from pygments.token import STANDARD_TYPES, Comment, Name, Operator, String, _TokenType
 
 LEXERS = {"python": PythonLexer, "py": PythonLexer, "bash": BashLexer, "sh": BashLexer, "yaml": YamlLexer}
-WIDE = 40  # letters of LaTeX from which on a formula in a line may be wider than a telephone
+WIDE = 40
+"""A formula in a line with more letters of LaTeX than this may be wider than a phone."""
 
 
 @dataclass
 class Place:
-    """What a page may point to.
+    """What a page can link to.
 
-    `names` are the names in scope, and `known` those of the whole package, each with the address of its definition;
-    `link` turns an address as it stands in the sources into one on the site.
+    `names` are the names in scope, and `known` those of the whole package, each with the address of its definition.
+    `link` turns an address in the sources into one on the site.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -34,12 +35,12 @@ class Place:
 
 
 def formula(latex: str, *, block: bool) -> str:
-    """LaTeX to MathML, in a box that scrolls where the formula is wider than the column."""
+    """LaTeX to MathML, in a box that scrolls if the formula is wider than the column."""
     mathml = convert(latex.strip(), display="block" if block else "inline")
     mathml = mathml.replace('<mspace width="negativethinmathspace" />', "")
     mathml = mathml.replace("<mo>&#x0007C;</mo>", '<mo stretchy="false" lspace="0" rspace="0">|</mo>')
-    mathml = re.sub(r"<m[io]>(ln|log|exp|min|max)</m[io]>", r"<mi>\1</mi>", mathml)  # a name, with a space of its own
-    mathml = re.sub(
+    mathml = re.sub(r"<m[io]>(ln|log|exp|min|max)</m[io]>", r"<mi>\1</mi>", mathml)
+    mathml = re.sub(  # The name of a function needs a space before its argument.
         r"(<mi>(?:ln|log|exp|min|max)</mi>)(?=<m(?:i|n|sub|sup|frac)>)", r'\1<mspace width="0.17em"/>', mathml
     )
     if block:
@@ -48,7 +49,7 @@ def formula(latex: str, *, block: bool) -> str:
 
 
 def anchor(heading: str) -> str:
-    """The id of a heading, made from its text; as GitHub makes it."""
+    """The id of a heading, derived from its text as GitHub does it."""
     words = re.sub(r"[^\w\s-]", "", re.sub(r"<[^>]+>|\$[^$]*\$", "", heading).lower())
     return re.sub(r"\s", "-", words.strip())
 
@@ -66,15 +67,15 @@ def code(source: str, language: str, place: Place) -> str:
                 address = place.names.get(f"{owner[1]}.{text}")
             elif not before.endswith("."):
                 address = place.names.get(text)
-        shown = html.escape(text, quote=False)
-        name = _css(kind)
-        shown = f'<span class="{name}">{shown}</span>' if name and text.strip() else shown
-        pieces.append(f'<a href="{address}">{shown}</a>' if address else shown)
+        piece = html.escape(text, quote=False)
+        name = _css_class(kind)
+        piece = f'<span class="{name}">{piece}</span>' if name and text.strip() else piece
+        pieces.append(f'<a href="{address}">{piece}</a>' if address else piece)
         before = "" if kind in Comment or kind in String else (before + text)[-80:]
     return "".join(pieces).rstrip("\n")
 
 
-def _css(kind: _TokenType) -> str:
+def _css_class(kind: _TokenType) -> str:
     while kind not in STANDARD_TYPES:
         kind = kind.parent
     return "" if kind in (Name, Operator) else STANDARD_TYPES[kind]
@@ -84,7 +85,7 @@ def render(text: str, place: Place, *, level: int = 0) -> str:
     """Markdown to HTML.
 
     Args:
-        level: by how much headings go down, in a page that has one of its own already.
+        level: how many levels headings move down, on a page that already has a heading.
     """
     md = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     dollarmath_plugin(
@@ -102,7 +103,7 @@ def render(text: str, place: Place, *, level: int = 0) -> str:
         _link(token, place)
     md.renderer.rules["fence"] = lambda tokens, i, *_: listing(tokens[i].content, tokens[i].info.strip(), place)
     md.renderer.rules["code_block"] = lambda tokens, i, *_: listing(tokens[i].content, "", place)
-    md.renderer.rules["code_inline"] = lambda tokens, i, *_: _inline(tokens[i].content, place)
+    md.renderer.rules["code_inline"] = lambda tokens, i, *_: _inline(tokens[i], place)
     md.renderer.rules["table_open"] = lambda *_: '<div class="table" tabindex="0"><table>\n'
     md.renderer.rules["table_close"] = lambda *_: "</table></div>\n"
     return md.renderer.render(tokens, md.options, {})
@@ -121,19 +122,21 @@ def _link(token: Token, place: Place) -> None:
                 child.attrSet(name, place.link(str(address)))
         _link(child, place)
     inside = 0
-    for child in token.children or []:  # a name inside a link already leads somewhere
+    for child in token.children or []:  # A name inside a link must not become a second link.
         inside += (child.type == "link_open") - (child.type == "link_close")
         child.meta["linked"] = inside > 0
 
 
-def _inline(text: str, place: Place) -> str:
-    shown = f"<code>{html.escape(text, quote=False)}</code>"
-    name = text.removesuffix("()").removeprefix("minicpgd.")
-    address = place.names.get(name) or place.known.get(name)
-    return f'<a href="{address}">{shown}</a>' if address else shown
+def _inline(token: Token, place: Place) -> str:
+    piece = f"<code>{html.escape(token.content, quote=False)}</code>"
+    name = token.content.removesuffix("()")
+    spellings = [] if token.meta.get("linked") else [name, name.removeprefix("minicpgd.")]
+    addresses = (names.get(spelling) for spelling in spellings for names in (place.names, place.known))
+    address = next(filter(None, addresses), None)
+    return f'<a href="{address}">{piece}</a>' if address else piece
 
 
 def plain(page: str) -> str:
-    """HTML to the text that a search looks through."""
+    """HTML to the text that the search reads."""
     without = re.sub(r"<(math|style|script)\b.*?</\1>", " ", page, flags=re.DOTALL)
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", without))).strip()

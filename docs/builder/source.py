@@ -1,7 +1,7 @@
-r"""Annotated source: a module goes in, pairs of prose and code come out.
+r"""Annotated source: a module goes in, and pairs of prose and code come out.
 
-The prose is what the module says about itself: its docstring, those of its functions, classes, methods and fields, and
-the comments that stand on lines of their own before a definition. The code is all the rest. Nothing is left out.
+The prose consists of the docstrings (of the module, its functions, classes, methods and fields) and of the comments
+that stand on lines of their own before a definition. The code is all the rest. Nothing is left out.
 """
 
 import ast
@@ -16,17 +16,19 @@ ENTRY = re.compile(r"^(\*{0,2}[\w`., *]+?): (.*(?:\n(?: {4,}.*|\s*$))*)", re.MUL
 
 @dataclass
 class Part:
-    """A stretch of a module: what is said about it (Markdown), what it is, and the name it defines, if one."""
+    """A piece of a module: its prose (Markdown), its code, and the name that it defines, if it defines one."""
 
     prose: str
     code: str
     name: str = ""
-    inside: str = ""  # the class that it belongs to
-    also: list[str] = field(default_factory=list)  # further names, of which nothing is said
+    inside: str = ""
+    """The class that it belongs to."""
+    also: list[str] = field(default_factory=list)
+    """Further names, which have no prose."""
 
     @property
     def full_name(self) -> str:
-        """`Learner.step`; empty where nothing is defined."""
+        """`Learner.step`; empty if the part defines nothing."""
         return f"{self.inside}.{self.name}" if self.inside else self.name
 
     @property
@@ -36,26 +38,26 @@ class Part:
 
     @property
     def imports(self) -> bool:
-        """Is it nothing but imports?"""
+        """Does it consist of imports only?"""
         lines = self.code.splitlines()
         return bool(self.code.strip()) and not self.name and all(re.match(r"from\b|import\b|[ )]|$", x) for x in lines)
 
 
 def module_name(path: Path, package: Path) -> str:
-    """`plots.runs` for minicpgd/plots/runs.py, `plots` for its __init__.py, and "" for the package's own."""
+    """`plots.runs` for minicpgd/plots/runs.py, `plots` for its __init__.py, and "" for minicpgd/__init__.py."""
     parts = path.relative_to(package).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
 def parts_of(source: str) -> list[Part]:
-    """A module, cut up; the first part is its own docstring."""
+    """Cut a module into parts, the first of which is its own docstring."""
     tree, lines = ast.parse(source), source.splitlines()
     parts = [Part(ast.get_docstring(tree) or "", "")]
     first = 1 if ast.get_docstring(tree) is not None else 0
     end = tree.body[0].end_lineno if first and tree.body else 0
     for node in tree.body[first:]:
         for part in _cut(node, lines, end or 0):
-            if _goes_with(part, parts):
+            if _continues(part, parts):
                 parts[-1].code += f"\n{part.code}"
                 parts[-1].also += [part.full_name] if part.name else []
             else:
@@ -64,32 +66,33 @@ def parts_of(source: str) -> list[Part]:
     return parts
 
 
-def _goes_with(part: Part, before: list[Part]) -> bool:
-    """Statements of which nothing is said stand together; a class's fields with its head."""
+def _continues(part: Part, before: list[Part]) -> bool:
+    """Should the part join the last one? Statements without prose do; a class's first fields join its head."""
     last = before[-1]
-    silent = not part.prose and not part.defines
+    has_no_prose = not part.prose and not part.defines
     if part.inside:
-        return silent and part.inside in (last.inside, last.name) and "def " not in last.code
-    return silent and len(before) > 1 and not last.prose and not last.inside and part.imports == last.imports
+        is_head = last.name == part.inside and not last.inside
+        return has_no_prose and (is_head or (last.inside == part.inside and not last.prose and not last.defines))
+    return has_no_prose and len(before) > 1 and not last.prose and not last.inside and part.imports == last.imports
 
 
 def _cut(node: ast.stmt, lines: list[str], after: int, inside: str = "") -> Iterator[Part]:
-    """One statement of a module or class; `after` is the last line of what stands before it."""
+    """One statement of a module or class; `after` is the last line of the statement before it."""
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     above = lines[after : start - 1]
     comments = [line.strip() for line in above if line.strip().startswith("#") and not line.strip().startswith("# fmt")]
-    said = "\n".join(comment.removeprefix("#").removeprefix(" ") for comment in comments)
-    apart = bool(above) and not above[-1].strip()
-    if comments and apart:  # a remark on all that follows, and not on this statement
-        yield Part(said, "", "", inside)
-        said, comments = "", []
-    blank = [""] if apart else []
+    remark = "\n".join(comment.removeprefix("#").removeprefix(" ") for comment in comments)
+    is_apart = bool(above) and not above[-1].strip()
+    if comments and is_apart:  # The remark is about all statements that follow, not about this one alone.
+        yield Part(remark, "", "", inside)
+        remark, comments = "", []
+    blank = [""] if is_apart else []
     if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-        yield Part(said, "\n".join([*blank, *lines[start - 1 : node.end_lineno]]), _assigned(node), inside)
+        yield Part(remark, "\n".join([*blank, *lines[start - 1 : node.end_lineno]]), _assigned(node), inside)
         return
     docstring, first = ast.get_docstring(node) or "", node.body[0]
     body = node.body[1:] if docstring else node.body
-    prose = f"{said}\n\n{docstring}".strip()
+    prose = f"{remark}\n\n{docstring}".strip()
     head = lines[start - 1 : first.lineno - 1]
     if isinstance(node, ast.FunctionDef):
         rest = lines[(first.end_lineno or 0) if docstring else first.lineno - 1 : node.end_lineno]
@@ -99,12 +102,12 @@ def _cut(node: ast.stmt, lines: list[str], after: int, inside: str = "") -> Iter
     end = first.end_lineno if docstring else first.lineno - 1
     i = 0
     while i < len(body):
-        said_after = _is_text(body[i + 1]) if i + 1 < len(body) else False
+        has_docstring = _is_text(body[i + 1]) if i + 1 < len(body) else False
         for part in _cut(body[i], lines, end or 0, node.name):
-            if said_after:
+            if has_docstring:
                 part.prose = ast.literal_eval(body[i + 1].value)  # type: ignore[attr-defined]
             yield part
-        i += 1 + said_after
+        i += 1 + has_docstring
         end = body[i - 1].end_lineno
 
 
@@ -124,7 +127,7 @@ def _assigned(node: ast.stmt) -> str:
 
 
 def docstring_to_markdown(text: str) -> str:
-    """The sections Args, Returns and Raises as definition lists, which Markdown has not."""
+    """Turn the sections Args, Returns and Raises into lists."""
 
     def section(found: re.Match[str]) -> str:
         body = re.sub(r"^ {4}", "", found[2], flags=re.MULTILINE).strip("\n")
@@ -143,7 +146,7 @@ def definitions(parts: list[Part]) -> Iterator[str]:
 
 
 def imported(source: str, package: str = "minicpgd") -> Iterator[tuple[str, str, str]]:
-    """What a module imports from the package: the name here, the module, and the name there ("" for a module)."""
+    """What a module imports from the package: its name here, the module, and its name there ("" for a module)."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
             origin = node.module.removeprefix(package).removeprefix(".")

@@ -54,7 +54,7 @@ def batch_whitened(rewards: Tensor, lengths: Tensor) -> Tensor:
 
 
 def group_centred_whitened(rewards: Tensor, lengths: Tensor) -> Tensor:
-    """REINFORCE++ with a group baseline (arXiv 2501.03262): center within the group, then divide by the batch's scale."""
+    """REINFORCE++ with a group baseline (arXiv 2501.03262): center within groups, then divide by the batch's scale."""
     return batch_whitened(group_centred(rewards, lengths), lengths)
 
 

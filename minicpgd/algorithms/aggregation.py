@@ -28,10 +28,8 @@ def constant(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
         ValueError: there is no `max_completion_length`, in tokens, to divide by.
     """
     if max_completion_length is None:
-        raise ValueError(
-            "aggregation 'constant' divides by max_completion_length: "
-            "pass token_weights=algorithm.token_weights(mask, max_completion_length)"
-        )
+        advice = "pass token_weights=algorithm.token_weights(mask, max_completion_length)"
+        raise ValueError(f"aggregation 'constant' divides by max_completion_length: {advice}")
     return mask / (len(mask) * max_completion_length)
 
 

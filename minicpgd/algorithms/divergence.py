@@ -10,13 +10,13 @@ $$ \mathrm{KL}(p \,\|\, q) = \mathbb{E}_{y \sim p}[-e]. $$
 | `k2` | $e^2 / 2$ | a little | no |
 | `k3` | $\exp(e) - 1 - e$ | no | no |
 
-Estimating a KL is not differentiating it. If `k1` of samples from $\pi_\theta$ itself stands in a loss, its gradient has
-mean zero. CPGD penalises something else, the *policy drift* $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$. Its samples come
-from $\pi_{old}$, so $e = \log \pi_\theta - \log \pi_{old}$. There `k3` is an unbiased value and its derivative $r - 1$ an
-unbiased gradient, but this gradient explodes with the ratio $r = \exp(e)$. `bounded_drift`, the term that is trained,
-therefore continues as a straight line once its slope has reached a bound.
+Estimating a KL is not differentiating it. If `k1` of samples from $\pi_\theta$ itself stands in a loss, its gradient
+has mean zero. CPGD penalises something else, the *policy drift* $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$. Its samples
+come from $\pi_{old}$, so $e = \log \pi_\theta - \log \pi_{old}$. There `k3` is an unbiased value and its derivative
+$r - 1$ an unbiased gradient, but this gradient explodes with the ratio $r = \exp(e)$. `bounded_drift`, the term that is
+trained, therefore continues as a straight line once its slope has reached a bound.
 
-In: log-ratios of any shape, in nats. Out: the same shape and unit. Needs torch only.
+In: log-ratios of any shape, in nats. Out: the same shape and unit.
 """
 
 import math
@@ -45,8 +45,8 @@ def bounded_drift(log_ratio: Tensor, bound: float = 2.0) -> Tensor:
 
     $$ \frac{\partial}{\partial d}\,\mathrm{drift}(d) = \min(\exp(d) - 1,\; c) $$
 
-    CPGD (arXiv 2505.12504, section 3) bounds the gradient of the drift of a token with a very large ratio. This function,
-    like Huber's loss, has exactly that gradient, so finite differences can check it.
+    CPGD (arXiv 2505.12504, section 3) bounds the gradient of the drift of a token with a very large ratio. This
+    function, like Huber's loss, has exactly that gradient, so finite differences can check it.
 
     Args:
         log_ratio: $d = \log \pi_\theta - \log \pi_{old}$, any shape, nats.
@@ -64,11 +64,7 @@ def exact_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     r"""$\mathrm{KL}(p \,\|\, q) = \sum_a p(a)\,(\log p(a) - \log q(a))$, for distributions that are known in full
     (Kullback and Leibler 1951, equation 2.4).
 
-    Args:
-        p_logits, q_logits: (..., V), unnormalised log-probabilities.
-
-    Returns:
-        (...), nats. An action that p never takes adds nothing.
+    Unnormalised log-probabilities, (..., V), become (...), in nats. An action that p never takes adds nothing.
     """
     log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
     p = log_p.exp()

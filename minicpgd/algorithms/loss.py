@@ -14,8 +14,8 @@ $$ \mathrm{loss} = \sum_t w_t \left( -\mathrm{surrogate}_t + \alpha\, \mathrm{dr
 
 The weights $w_t$ come from the aggregation; $\alpha$ is `drift_coef`.
 
-In: log-probabilities (B, T) in nats and advantages (B,), for B responses of at most T tokens. Out: a scalar loss and its
-metrics. You may change what a row computes; `table.py` says which rows there are.
+In: log-probabilities (B, T) in nats and advantages (B,), for B responses of at most T tokens. Out: a scalar loss and
+its metrics. You may change what a row computes; `table.py` has the rows.
 """
 
 import math
@@ -84,13 +84,7 @@ class Algorithm:
     def override(
         self, advantage_weight: str | None = None, aggregation: str | None = None, importance_level: str | None = None
     ) -> "Algorithm":
-        """The same row with other columns.
-
-        Args:
-            advantage_weight: a name of `WEIGHTS`; None keeps the row's own, here and below.
-            aggregation: a name of `AGGREGATIONS`.
-            importance_level: a name of `LEVELS`.
-        """
+        """The same row with entries of `WEIGHTS`, `AGGREGATIONS` and `LEVELS`, by name. None keeps the row's own."""
         return replace(
             self,
             weight=WEIGHTS[advantage_weight] if advantage_weight else self.weight,
@@ -99,15 +93,12 @@ class Algorithm:
         )
 
     def advantages(self, rewards: Tensor, lengths: Tensor, *, advantage_weight: str | None = None) -> Tensor:
-        """Rewards to advantages.
+        """Rewards to advantages, (N, G). They are exactly 0 if the rewards of the group (or of the batch) are equal.
 
         Args:
             rewards: (N, G), one per response, any unit.
             lengths: (N, G), the lengths of the responses in tokens.
             advantage_weight: "equal", "std" or "clip_filter" in place of the row's own.
-
-        Returns:
-            (N, G). They are exactly 0 where all rewards of the group (or of the batch) are equal.
         """
         weight = WEIGHTS[advantage_weight] if advantage_weight else self.weight
         return weight(rewards) * self.baseline(rewards, lengths)
@@ -201,7 +192,7 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
     the surrogate clips, with A > 0 and with A < 0. `kl_ref`: mean k3 to the reference, if there is one. (k3: Schulman,
     *Approximating KL divergence*, 2020.)
     """
-    # float64, because exp of a very large log-ratio does not fit into float32
+    # These are float64, because float32 cannot hold exp of a very large log-ratio.
     d = torch.cat([o.log_ratio[o.mask] for o in outputs]).double()
     clipped = torch.cat([o.clipped[o.mask] for o in outputs])
     positive = torch.cat([o.advantages[o.mask] > 0 for o in outputs])
@@ -228,9 +219,7 @@ def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
     $\alpha < -\min A$ the objective has no maximum: it grows without bound as the probability of the worst action
     falls. Notebook 7 derives this, and `tests/test_closed_form.py` tests it.
 
-    Args:
-        advantages: any shape, of one rollout.
-        previous: the value to keep if no response of the rollout has an advantage.
+    The advantages are those of one rollout, in any shape. If all of them are 0, the coefficient stays at `previous`.
     """
     largest = advantages.abs().max().item()
     return largest if largest > 0 else previous

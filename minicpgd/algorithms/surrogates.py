@@ -20,7 +20,8 @@ whole also has the drift. For $A < 0$ and $\alpha = -A$ the sum of both gradient
 
 In: `log_ratio` d and `logp` in nats and `advantage` A, all broadcastable to (B, T), and the bounds as log-ratios
 `low` < 0 < `high`. Out: a pair, the objective and the same without its bound; a token counts as clipped where they
-differ. All surrogates have one signature. The `LEVELS` at which a ratio can be taken stand at the end.
+differ. All surrogates have one signature. The functions of `LEVELS`, at the end, say where the ratio is taken: they
+turn log-ratios and mask, (B, T), into log-ratios, (B, T) or (B, 1).
 """
 
 import math
@@ -29,7 +30,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Surrogate = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Surrogate = Callable[[Tensor, Tensor, Tensor, float, float], Pair]
 Level = Callable[[Tensor, Tensor], Tensor]
 
 DUAL_CLIP = 3.0
@@ -43,49 +45,40 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=80).exp()
 
 
-def log_ratio_free(
-    log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor]:
+def log_ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
     r"""$d A$: the policy gradient on samples of another policy (CPGD without its clip, arXiv 2505.12504)."""
     free = log_ratio * advantage
     return free, free
 
 
-def log_ratio_clip(
-    log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor]:
+def log_ratio_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
     r"""$\min(d A,\ \mathrm{clip}(d, \ln(1-\varepsilon), \ln(1+\varepsilon_{high}))\, A)$: CPGD (arXiv 2505.12504)."""
     free = log_ratio * advantage
     return torch.minimum(free, log_ratio.clamp(low, high) * advantage), free
 
 
-def ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
     r"""$r A$: importance sampling, unbounded (PPO, arXiv 1707.06347, equation 6)."""
     free = ratio(log_ratio) * advantage
     return free, free
 
 
-def ratio_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def ratio_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
     r"""$\min(r A,\ \mathrm{clip}(r, 1-\varepsilon, 1+\varepsilon_{high})\, A)$: PPO (arXiv 1707.06347, equation 7)."""
     free = ratio(log_ratio) * advantage
     return torch.minimum(free, ratio(log_ratio.clamp(low, high)) * advantage), free
 
 
-def ratio_dual_clip(
-    log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor]:
+def ratio_dual_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
     r"""`ratio_clip`, and for $A < 0$ never below $3 A$ (dual clip, arXiv 1912.09729, equation 5)."""
     clipped, free = ratio_clip(log_ratio, advantage, logp, low, high)
     return torch.where(advantage < 0, torch.maximum(clipped, DUAL_CLIP * advantage), clipped), free
 
 
-def capped_weight(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def capped_weight(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
     r"""$\mathrm{sg}[\min(r, 1+\varepsilon_{high})]\, A \log \pi_\theta$: no token is silenced (CISPO, 2506.13585)."""
     weight = ratio(log_ratio.detach())
     return weight.clamp(max=math.exp(high)) * advantage * logp, weight * advantage * logp
-
-
-# Levels: where is the ratio taken? In: (B, T) log-ratios and mask. Out: (B, T) or (B, 1).
 
 
 def per_token(log_ratio: Tensor, mask: Tensor) -> Tensor:

@@ -1,12 +1,9 @@
-r"""The table: every algorithm is one row.
+"""The table: every algorithm is one row.
 
-Each column answers a question, and each entry is a function that answers it: `baseline` and `weight` turn rewards into
-advantages (`advantages.py`), `surrogate` is what is maximised (`surrogates.py`), `aggregation` averages over tokens and
-responses (`aggregation.py`), `drift` penalises moving away from $\pi_{old}$ (`divergence.py`). `loss.py` puts them
-together. A few rows set more: the `level` of the ratio, an upper clip bound of their own (`epsilon_high`), and whether
-the KL to a reference policy is penalised in the loss or in the reward (`reference_kl`).
-
-To try an idea of your own, write its function beside the others and add a row.
+Each column answers one of the questions in `loss.py`. The entries are functions, except in the column `drift`. A few
+rows set more: the `level` of the ratio, an upper clip bound of their own (`epsilon_high`), and whether the KL to a
+reference policy is penalised in the loss or in the reward (`reference_kl`). To try an idea of your own, write its
+function beside the others and add a row.
 
 In: the name of an algorithm. Out: its row, an `Algorithm`.
 """

@@ -3,23 +3,21 @@
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from rich.markup import escape
+from tyro.conf import Positional
 
 from minicpgd.cli.flags import Flag
 from minicpgd.cli.progress import console
 from minicpgd.config import TEMPERATURES, SamplingSettings
 from minicpgd.errors import Range, UserError
 
+Base = Literal["full", "dequantised"]
+
 
 def evaluate(
-    run_or_model: tyro.conf.Positional[str] = "embedded",
-    /,
-    task: str | None = None,
-    num_problems: int = 256,
-    num_samples: int = 8,
-    seed: int = 0,
-) -> None:
+    run_or_model: Positional[str] = "embedded", /, task: str | None = None,
+    num_problems: int = 256, num_samples: int = 8, seed: int = 0,
+) -> None:  # fmt: skip
     """Measure a run or a model on held-out problems: greedy and sampled accuracy, pass@k, response length.
 
     Args:
@@ -37,11 +35,7 @@ def evaluate(
 
 
 def sample(
-    run_or_model: tyro.conf.Positional[str] = "embedded",
-    /,
-    num_problems: int = 12,
-    temperature: float = 1.0,
-    seed: int = 0,
+    run_or_model: Positional[str] = "embedded", /, num_problems: int = 12, temperature: float = 1.0, seed: int = 0
 ) -> None:
     """Show held-out problems with a sampled response each, right ones green and wrong ones red.
 
@@ -57,9 +51,8 @@ def sample(
 
     policy, config = open_policy(run_or_model)
     task = load_task(config)
-    settings = SamplingSettings(
-        config.max_completion_length, temperature or 1.0, rollout_batch_size=config.rollout_batch_size
-    )
+    length, batch_size = config.max_completion_length, config.rollout_batch_size
+    settings = SamplingSettings(length, temperature or 1.0, rollout_batch_size=batch_size)
     rollout, right = respond(policy, task, num_problems, settings, greedy=temperature == 0, seed=seed)
     for problem, text, ok in zip(task.held_out(num_problems, seed), rollout.completions, right[:, 0], strict=True):
         mark, colour = ("right", "green") if ok else ("wrong", "red")
@@ -68,11 +61,7 @@ def sample(
 
 
 def export(
-    run: tyro.conf.Positional[Path],
-    /,
-    folder: Path | None = None,
-    base: Literal["full", "dequantised"] = "dequantised",
-    num_problems: int = 64,
+    run: Positional[Path], /, folder: Path | None = None, base: Base = "dequantised", num_problems: int = 64
 ) -> None:
     """Merge a run's adapter into its model, in full precision, and say how far the result is from the run.
 
@@ -101,27 +90,23 @@ def export(
 
 
 def plot(
-    runs: tyro.conf.Positional[list[Path]] = [],  # noqa: B006 (never changed)
-    /,
-    all: Flag = False,
-    results: Path = Path("results"),
-    out: Path | None = None,
-) -> None:
+    runs: Positional[list[Path]] = [], /, all: Flag = False,  # noqa: B006 (never changed)
+    results: Path = Path("results"), out: Path | None = None,
+) -> None:  # fmt: skip
     """Draw the curves of one or more runs, or every published figure from the committed logs.
 
     Args:
         runs: folders of runs, up to seven.
         all: every figure of README.md and docs/, from the committed logs.
         results: where the committed logs are.
-        out: where the figures go; by default a folder in figures/ that is named after the runs, and docs/figures/ for all.
+        out: where the figures go; by default a folder in figures/ with the runs' names; for all, docs/figures/.
     """
     from minicpgd.plots.published import save_figures, save_published
 
-    if all:
-        for path in save_published(results, out or Path("docs/figures")):
-            console.print(f"figure  {path}")
-        return
-    if not 1 <= len(runs) <= 7:
+    if not all and not 1 <= len(runs) <= 7:
         raise UserError(f"plot: {len(runs)} runs given; 1 to 7 can be told apart in one figure")
-    for path in save_figures(out or Path("figures") / "+".join("-".join(run.parts).strip("/") for run in runs), runs):
+    names = "+".join("-".join(run.parts).strip("/") for run in runs)
+    published = Path("docs/figures")
+    paths = save_published(results, out or published) if all else save_figures(out or Path("figures") / names, runs)
+    for path in paths:
         console.print(f"figure  {path}")

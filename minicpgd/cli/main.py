@@ -19,13 +19,10 @@ from minicpgd.config import GROUPS, TrainConfig, load_config
 from minicpgd.errors import UserError, is_out_of_memory, one_line
 from minicpgd.recipes import load_recipe
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command
-    for command in (
-        *(study.demo, train.train, plan.memory, inspect.evaluate, inspect.sample, inspect.export, inspect.plot),
-        *(study.study, study.pretrain),
-    )
-}
+_ON_RUNS = (inspect.evaluate, inspect.sample, inspect.export, inspect.plot)
+_COMMANDS = (study.demo, train.train, plan.memory, *_ON_RUNS, study.study, study.pretrain)
+COMMANDS: dict[str, Callable[..., None]] = {command.__name__: command for command in _COMMANDS}
+ABOUT = "Learn, watch and run CPGD (arXiv 2505.12504) beside its baselines."
 AFTER_CTRL_C = {"study": "; the same command continues the study", "demo": "; the same command begins a new demo"}
 
 
@@ -40,15 +37,12 @@ def parse(argv: list[str]) -> Callable[[], None]:
     if (stored := _stored_settings(argv)) is not None:
         groups = {name: stored.group(kind) for name, kind in GROUPS.items()}
         commands[command] = functools.partial(COMMANDS[command], **groups)
+        commands[command].__doc__ = COMMANDS[command].__doc__
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.extras.subcommand_cli_from_dict(
-                {name: _deferred(call) for name, call in commands.items()},
-                prog="minicpgd",
-                description="Learn, watch and run CPGD (arXiv 2505.12504) beside its baselines.",
-                args=argv,
-            )
+            deferred = {name: _deferred(call) for name, call in commands.items()}
+            return tyro.extras.subcommand_cli_from_dict(deferred, prog="minicpgd", description=ABOUT, args=argv)
     except SystemExit as leaving:
         if leaving.code and (line := _first_sentence(message.getvalue())):
             raise UserError(f"{line} (see minicpgd {command} --help)".replace("  ", " ")) from None
@@ -56,11 +50,7 @@ def parse(argv: list[str]) -> Callable[[], None]:
 
 
 def _stored_settings(argv: list[str]) -> TrainConfig | None:
-    """The settings that a command line starts from, if not from the defaults: a run's, a recipe's, or those of `memory`.
-
-    Raises:
-        UserError: the run or the recipe does not exist, or both are given.
-    """
+    """The settings that replace the defaults of a command: a run's, a recipe's, or those of `memory`."""
     if argv[:1] not in (["train"], ["memory"]):
         return None
     resumed, recipe = (_value_after(flag, argv) for flag in ("--resume", "--recipe"))
@@ -114,14 +104,12 @@ def main() -> None:
 
         quiet()
         call()
-    except UserError as error:
-        _leave(str(error))
     except BrokenPipeError:  # The reader has gone, as in `minicpgd ... | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes its output once more.
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:  # The message names the file.
+    except (UserError, OSError) as error:  # The message of an OSError names the file.
         _leave(str(error))
-    except (RuntimeError, MemoryError) as error:  # torch raises either if memory is full.
+    except (RuntimeError, MemoryError) as error:  # torch raises either error if the memory is full.
         if not is_out_of_memory(error):
             raise
         _leave(

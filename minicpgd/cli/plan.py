@@ -6,14 +6,13 @@ In: settings. Out: tables on the terminal. No weights are loaded, and at most a 
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from minicpgd.cli.flags import Loop, Model, Objective, Sampling, Task
-from minicpgd.cli.progress import console
+from minicpgd.cli.flags import Loop, Model, Objective, Sampling, Task, changed_flags
+from minicpgd.cli.progress import console, text_table
 from minicpgd.config import MAX_TOKENS, ModelSettings, TaskSettings, TrainConfig
 from minicpgd.errors import MissingPackageError, Range, UserError, describe_error
 from minicpgd.recipes import Recipe
@@ -28,15 +27,9 @@ USUAL = TrainConfig(
 
 
 def memory(
-    objective: Objective,
-    task: Task,
-    model: Model,
-    sampling: Sampling,
-    loop: Loop,
-    recipe: str | None = None,
-    gpu: float | None = None,
-    prompt_length: int = 300,
-) -> None:
+    objective: Objective, task: Task, model: Model, sampling: Sampling, loop: Loop,
+    recipe: str | None = None, gpu: float | None = None, prompt_length: int = 300,
+) -> None:  # fmt: skip
     """Say where the memory of a training step goes, by component, and what fits on a card; no weights are loaded.
 
     Args:
@@ -56,18 +49,13 @@ def memory(
     _print_memory(attempts[0].memory)
     if gpu is None:
         return
-    table = Table(title=f"\nOn a card of {gpu:g} GB", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("each line changes one thing more", "rollout", "update", "in all", "fits"):
-        table.add_column(name, justify="right" if name in ("rollout", "update", "in all") else "left")
+    columns = ("each line changes one thing more", "rollout", "update", "in all", "fits")
+    table = text_table(*columns, left=["fits"], title=f"\nOn a card of {gpu:g} GB")
     for before, attempt in zip([attempts[0], *attempts], attempts, strict=False):
-        flags = [
-            f"--{field.name.replace('_', '-')}" + ("" if value is True else f" {value}")
-            for field in fields(TrainConfig)
-            if (value := getattr(attempt.config, field.name)) != getattr(before.config, field.name)
-        ]
+        change = " ".join([attempt.change, *changed_flags(attempt.config, before.config)])
         sizes = (attempt.memory.rollout, attempt.memory.update, attempt.memory.peak)
         fitting = "[green]yes[/]" if attempt.fits else "[red]no[/]"
-        table.add_row(" ".join([attempt.change, *flags]), *(f"{size / GIB:.1f} GiB" for size in sizes), fitting)
+        table.add_row(change, *(f"{size / GIB:.1f} GiB" for size in sizes), fitting)
     console.print(table)
 
 
@@ -79,9 +67,8 @@ def _built_from_config(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or not Path(name).is_dir():
             raise
-        raise UserError(
-            f"model = {name!r}: no model can be built from its config.json: {describe_error(error)}"
-        ) from error
+        reason = describe_error(error)
+        raise UserError(f"model = {name!r}: no model can be built from its config.json: {reason}") from error
 
 
 def show_plan(config: TrainConfig, recipe: Recipe | None = None) -> None:
@@ -131,9 +118,7 @@ def show_plan(config: TrainConfig, recipe: Recipe | None = None) -> None:
     _print_memory(predicted)
     if recipe and recipe.peak_gib and recipe.card_gib:
         note = f"The recipe expects {recipe.peak_gib:g} GiB of {recipe.card_gib:g}: {recipe.basis}."
-        console.print(
-            note if config == recipe.config else f"{note} That is for its own settings; some are changed here."
-        )
+        console.print(note + " That is for its own settings; some differ here." * (config != recipe.config))
     console.print("Nothing was downloaded or written. Without --dry-run it starts.")
 
 
@@ -141,18 +126,14 @@ def _print_memory(predicted: "Memory") -> None:
     """Print a table of components, at the largest moment of each phase."""
     from minicpgd.memory.predict import COMPONENTS, GIB, ROLLOUT, UPDATE
 
-    moments = {
-        phase: max(moments, key=predicted.total) for phase, moments in (("rollout", ROLLOUT), ("update", UPDATE))
-    }
+    moments = {"rollout": max(ROLLOUT, key=predicted.total), "update": max(UPDATE, key=predicted.total)}
     totals = [predicted.total(moment) + predicted.assumed for moment in moments.values()]
     unit, size_of_unit, digits = ("GiB", GIB, 2) if max(totals) > GIB / 2 else ("MiB", 2**20, 1)
 
     def in_units(sizes: Iterable[float]) -> list[str]:
         return [f"{size / size_of_unit:.{digits}f}" if size else "" for size in sizes]
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in (unit, *moments, ""):
-        table.add_column(name, justify="right" if name in moments else "left")
+    table = text_table(unit, *moments, "", left=[""])
     for name, meaning in COMPONENTS.items():
         sizes = [predicted.moments[moment][name] for moment in moments.values()]
         if any(sizes):
@@ -160,9 +141,8 @@ def _print_memory(predicted: "Memory") -> None:
     if predicted.assumed:
         both = in_units([predicted.assumed] * 2)
         table.add_row("CUDA itself", *both, "[dim]its context, gaps between blocks; assumed, not measured")
-    table.add_row(
-        "[bold]in all", *(f"[bold]{total}" for total in in_units(totals)), "at the worst moment of each phase"
-    )
+    bold = [f"[bold]{total}" for total in in_units(totals)]
+    table.add_row("[bold]in all", *bold, "at the worst moment of each phase")
     console.print(table)
 
 

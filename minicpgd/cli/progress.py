@@ -1,43 +1,45 @@
-"""Progress: on a terminal, bars with the time left; elsewhere, a plain line every ten seconds."""
+"""What commands print: progress bars with the time left, and tables.
+
+In: names and numbers. Out: bars on a terminal; elsewhere a plain line every ten seconds.
+"""
 
 import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
 PLAIN_LINE_SECONDS = 10
+
+
+def text_table(*columns: str, left: Sequence[str] = (), title: str | None = None) -> Table:
+    """An empty table without lines, for the terminal: the first column and those in `left` are aligned left."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in (columns[0], *left) else "right")
+    return table
 
 
 class Bars:
     """One bar per name, each up to `total` steps, or percent of something; a context manager."""
 
     def __init__(self, names: Sequence[str], total: int, unit: str = ""):
-        self.progress = Progress(
+        done = TextColumn("{task.completed:3.0f}" + unit) if unit else MofNCompleteColumn()
+        clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(24),
-            MofNCompleteColumn() if not unit else TextColumn("{task.completed:3.0f}" + unit),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            done,
+            *clocks,
             TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
         )
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.names, self.total, self.unit = list(names), total, unit
-        self.last_line: dict[int, float] = {}
-        self.finished_at: dict[int, float] = {}
+        self.printed: dict[int, tuple[float, float]] = {}  # Each bar's newest plain line has a time and a position.
         self.first: dict[int, tuple[float, float]] = {}  # A bar's clock starts at its first update.
-        self.tasks: list[TaskID] = [self.progress.add_task(n, start=False, total=total, note="") for n in names]
+        self.tasks = [self.progress.add_task(name, start=False, total=total, note="") for name in names]
 
     def __enter__(self) -> "Bars":
         self.progress.start()
@@ -53,13 +55,11 @@ class Bars:
             self.first[which] = (done, now)
             self.progress.start_task(self.tasks[which])
         self.progress.update(self.tasks[which], completed=done, note=note)
-        over = done == self.total and self.finished_at.get(which) != done
-        if not console.is_terminal and (over or now - self.last_line.setdefault(which, now) > PLAIN_LINE_SECONDS):
-            self.finished_at[which] = done
-            self.last_line[which] = now
+        printed_at, printed = self.printed.setdefault(which, (now, -1))
+        over = done == self.total and printed != done
+        if not console.is_terminal and (over or now - printed_at > PLAIN_LINE_SECONDS):
+            self.printed[which] = (now, done)
             first, started = self.first[which]
             left = (now - started) * (self.total - done) / (done - first) if done > first else 0
-            console.print(
-                f"{self.names[which]} {f'{done:.0f}{self.unit}' if self.unit else f'{done}/{self.total}'}"
-                f"{f', about {left:.0f} s left' if left else ''}: {note}"
-            )
+            reached = f"{done:.0f}{self.unit}" if self.unit else f"{done}/{self.total}"
+            console.print(f"{self.names[which]} {reached}{f', about {left:.0f} s left' if left else ''}: {note}")

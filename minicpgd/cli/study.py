@@ -4,19 +4,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import tyro
 from rich.table import Table
+from tyro.conf import Positional
 
 from minicpgd.cli.flags import Flag
-from minicpgd.cli.progress import Bars, console
-from minicpgd.config import SEEDS
+from minicpgd.cli.progress import Bars, console, text_table
+from minicpgd.config import SEEDS, TrainConfig
 from minicpgd.errors import Range, UserError
 
-if TYPE_CHECKING:
-    from minicpgd.config import TrainConfig
-
+StudyName = Literal["map", "drift", "anatomy", "fair", "warning"]
 COLUMNS = ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "max ratio", "sec.")
 
 
@@ -39,9 +37,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
     if max_steps < WINDOW:
         raise UserError(f"max_steps = {max_steps}: collapse is defined over {WINDOW} steps, so at least {WINDOW}")
     chosen = free_folder(folder)
-    configs = [
-        replace(config, max_steps=max_steps, num_iterations=num_iterations) for config in demo_configs(chosen, seed)
-    ]
+    configs = [replace(c, max_steps=max_steps, num_iterations=num_iterations) for c in demo_configs(chosen, seed)]
     k = configs[0].updates_per_rollout
     console.print(f"Four algorithms, one model, the same problems, {k} updates on every rollout.")
     with Bars([display_name(config.algorithm) for config in configs], max_steps) as bars:
@@ -65,28 +61,22 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
     console.print("        minicpgd/algorithms/table.py is the table with these four rows.")
 
 
-def _print_outcomes(configs: Sequence["TrainConfig"]) -> None:
+def _print_outcomes(configs: Sequence[TrainConfig]) -> None:
     from minicpgd.algorithms import display_name
     from minicpgd.experiments.outcome import outcome
     from minicpgd.training.run_folder import run_seconds
 
     first = configs[0]
-    title = f"\nAfter {first.max_steps} rollouts of {first.updates_per_rollout} updates, seed {first.seed}: "
-    title += "accuracy before, best and final"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "algorithm" else "right", no_wrap=True)
+    budget = f"{first.max_steps} rollouts of {first.updates_per_rollout} updates, seed {first.seed}"
+    table = text_table(*COLUMNS, title=f"\nAfter {budget}: accuracy before, best and final")
     for config in configs:
         result = outcome(config.folder)
-        table.add_row(
-            display_name(config.algorithm),
-            *(f"{share:.2f}" for share in (result.accuracy_before, result.accuracy_best, result.accuracy_final)),
-            f"{result.reward_before:.2f}→{result.reward_last:.2f}",
-            "[red]yes[/]" if result.collapsed else "[green]no[/]",
-            f"{result.kl_largest:.2g}",
-            f"{result.ratio_largest:.3g}",
-            f"{run_seconds(config.folder):.0f}",
-        )
+        accuracies = (result.accuracy_before, result.accuracy_best, result.accuracy_final)
+        rewards = f"{result.reward_before:.2f}→{result.reward_last:.2f}"
+        collapsed = "[red]yes[/]" if result.collapsed else "[green]no[/]"
+        others = (f"{result.kl_largest:.2g}", f"{result.ratio_largest:.3g}", f"{run_seconds(config.folder):.0f}")
+        cells = (*(f"{share:.2f}" for share in accuracies), rewards, collapsed, *others)
+        table.add_row(display_name(config.algorithm), *cells)
     console.print(table)
     console.print(
         "\nAccuracy: greedy, on 256 held-out problems. Reward: of sampled responses, before training and in\n"
@@ -96,11 +86,7 @@ def _print_outcomes(configs: Sequence["TrainConfig"]) -> None:
 
 
 def study(
-    name: tyro.conf.Positional[Literal["map", "drift", "anatomy", "fair", "warning"]],
-    /,
-    quick: Flag = False,
-    folder: Path = Path("runs/studies"),
-    jobs: int | None = None,
+    name: Positional[StudyName], /, quick: Flag = False, folder: Path = Path("runs/studies"), jobs: int | None = None
 ) -> None:
     """Make a study: many runs, a table of their outcomes, and its figures. You may stop and repeat it at any time.
 
@@ -122,13 +108,11 @@ def study(
         chosen = (QUICK if quick else STUDIES)[name]
         console.print(chosen.asks)
         with Bars([part.name for part in chosen.parts], 100, unit=" %") as bars:
-            run_study(
-                chosen,
-                tables,
-                folder / "runs",
-                jobs=jobs,
-                on_wait=lambda part, work, done, asked: bars.update(part, work * 100, f"{done} of {asked} runs"),
-            )
+
+            def poll(part: int, work: float, done: int, asked: int) -> None:
+                bars.update(part, work * 100, f"{done} of {asked} runs")
+
+            run_study(chosen, tables, folder / "runs", jobs=jobs, on_wait=poll)
     summary = SUMMARIES[name](tables)
     if len(summary) < len(summary.columns):  # Transposed, it fits a terminal.
         summary = summary.set_index(summary.columns[0]).T.reset_index(names="")
@@ -171,7 +155,5 @@ def pretrain(folder: Path = Path("runs/embedded"), seed: int = 0, steps: int = 7
     for name in ("accuracy", "worked_share", "worked_accuracy", "guess_accuracy"):
         table.add_row(name.replace("_", " "), f"{getattr(a, name):.3f}", f"{getattr(b, name):.3f}")
     console.print(table)
-    verdict = "those that ship, to the last bit"
-    if difference:
-        verdict = f"not those that ship: they differ by up to {difference:.2g}"
-    console.print(f"{folder}: the weights are {verdict}")
+    different = f"not those that ship: they differ by up to {difference:.2g}"
+    console.print(f"{folder}: the weights are {different if difference else 'those that ship, to the last bit'}")

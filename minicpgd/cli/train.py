@@ -6,27 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from minicpgd.cli.flags import Flag, Loop, Model, Objective, Sampling, Task
+from minicpgd.cli.plan import show_plan
 from minicpgd.cli.progress import Bars, console
 from minicpgd.config import ModelSettings, TrainConfig
 from minicpgd.recipes import load_recipe
 
-if TYPE_CHECKING:
-    from minicpgd.models import Policy
-
 
 def train(
-    objective: Objective,
-    task: Task,
-    model: Model,
-    sampling: Sampling,
-    loop: Loop,
-    resume: Path | None = None,
-    recipe: str | None = None,
-    dry_run: Flag = False,
-) -> None:
+    objective: Objective, task: Task, model: Model, sampling: Sampling, loop: Loop,
+    resume: Path | None = None, recipe: str | None = None, dry_run: Flag = False,
+) -> None:  # fmt: skip
     """Train a policy on one GPU or the CPU, and leave a run's folder behind.
 
     Args:
@@ -37,8 +28,6 @@ def train(
     """
     config = TrainConfig.from_groups(objective, task, model, sampling, loop)
     if dry_run:
-        from minicpgd.cli.plan import show_plan
-
         show_plan(config, load_recipe(recipe) if recipe else None)
     else:
         run(replace(config, output_dir=str(resume)) if resume else config, resume=resume is not None)
@@ -46,10 +35,10 @@ def train(
 
 def run(config: TrainConfig, *, resume: bool = False) -> None:
     """Train with a progress bar; a first Ctrl-C stops after the step, a second one at once."""
+    from minicpgd import training
     from minicpgd.algorithms import display_name
     from minicpgd.cli.model_card import write_card
-    from minicpgd.training import Callbacks
-    from minicpgd.training import train as train_run
+    from minicpgd.models import Policy
     from minicpgd.training.run_folder import resume_command
 
     if config.model != ModelSettings.model:
@@ -63,18 +52,18 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
             note = f"reward {metrics['reward']:.2f}  length {metrics['completion_length']:.0f}"
             bars.update(0, step, note + (f"  accuracy {a:.2f}" if (a := metrics.get("eval_accuracy")) else ""))
 
-        def on_load(policy: "Policy") -> None:
+        def on_load(policy: Policy) -> None:
             if policy.peft:
                 console.print(f"{config.model} on {policy.device}, {policy.dtype_in_words}")
 
-        callbacks = Callbacks(
+        callbacks = training.Callbacks(
             on_load=on_load,
             on_resume=lambda step: console.print(f"continuing after step {step}"),
             on_step=on_step,
             on_warning=lambda line: print(f"warning: {line}", file=sys.stderr),
             should_stop=lambda: bool(received),
         )
-        folder = train_run(config, resume=resume, callbacks=callbacks)
+        folder = training.train(config, resume=resume, callbacks=callbacks)
     if received and reached < config.max_steps:  # The folder model/ cannot tell: a prolonged run has one already.
         console.print(f"stopped and saved. Continue with: {resume_command(folder).strip('`')}")
         sys.exit(128 + received[0])

@@ -1,15 +1,15 @@
-r"""The studies: what is asked, of which algorithms, at which settings, with which seeds.
+r"""The studies: the question, the algorithms, the settings and the seeds of each.
 
-Each is a function of what may be made smaller: `STUDIES` has the full ones, `QUICK` those that take minutes. The seeds
-from 100 on had not been used for anything before, and those of a search are never used for its report.
+Each study is a function of what may be made smaller: `STUDIES` has the full ones, `QUICK` those that take minutes. The
+seeds from 100 on were not used for anything before. The seeds of a search are never used for its report.
 
-All share one rollout budget: 20 rollouts of 8 problems x 8 responses. The learning rate, and K, the number of updates
-made on a rollout, say how hard an algorithm is pushed.
+All studies have the same rollout budget: 20 rollouts of 8 problems x 8 responses. They differ in the learning rate and
+in K, the number of updates on a rollout.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -19,12 +19,11 @@ from minicpgd.experiments.runner import Part, Settings, Study
 
 FOUR = ("cpgd", "grpo", "rloo", "reinforce_pp")
 BASE: Settings = {"max_steps": 20, "num_prompts": 8, "num_generations": 8, "eval_steps": 2, "logging_steps": 5}
-HARD: Settings = {"learning_rate": 1e-4, "num_iterations": 16}  # K = 64
+HARD: Settings = {"learning_rate": 1e-4, "num_iterations": 16}  # This makes K = 64.
 
 
-def _always(settings: Iterable[Settings]) -> Callable[[pd.DataFrame], list[Settings]]:
-    fixed = list(settings)
-    return lambda so_far: fixed
+def _always(settings: list[Settings]) -> Callable[[pd.DataFrame], list[Settings]]:
+    return lambda so_far: settings
 
 
 def map_study(
@@ -33,17 +32,11 @@ def map_study(
     seeds: Sequence[int] = range(100, 105),
     max_steps: int = 20,
 ) -> Study:
-    """The headline: learning rate x updates per rollout, for four algorithms."""
-    grid = [
-        {"algorithm": algorithm, "learning_rate": rate, "num_iterations": k // 4}
-        for k, rate, algorithm in product(updates, rates, FOUR)
-    ]
-    return Study(
-        "map",
-        "How hard may each algorithm be pushed: how often can a rollout be reused, how large may the step be?",
-        BASE | {"max_steps": max_steps},
-        [Part("map", seeds, _always(grid))],
-    )
+    """The main study: learning rate x updates per rollout, for four algorithms."""
+    cells = product(updates, rates, FOUR)
+    grid = [{"algorithm": row, "learning_rate": rate, "num_iterations": k // 4} for k, rate, row in cells]
+    asks = "How hard may each algorithm be pushed: how often can a rollout be reused, how large may the step be?"
+    return Study("map", asks, BASE | {"max_steps": max_steps}, [Part("map", seeds, _always(grid))])
 
 
 def drift_study(
@@ -51,36 +44,25 @@ def drift_study(
     seeds: Sequence[int] = range(100, 103),
     max_steps: int = 20,
 ) -> Study:
-    r"""$\alpha$ from 0 to 30 beside `auto`, where the advantages are of different size."""
-    shapes = [(generations, weight, 1e-4) for generations in (4, 16) for weight in ("std", "equal")]
-    shapes.append((16, "std", 2e-4))
+    r"""$\alpha$ from 0 to 30 beside `auto`, for advantages of different size."""
+    shapes = [*product((4, 16), ("std", "equal"), (1e-4,)), (16, "std", 2e-4)]
     grid: list[Settings] = [
         HARD
         | {"num_generations": g, "num_prompts": 64 // g, "advantage_weight": w, "learning_rate": rate, "drift_coef": c}
         for (g, w, rate), c in product(shapes, coefs)
     ]
-    return Study(
-        "drift",
-        "How large should the drift's coefficient be, and does the best one follow the size of the advantages?",
-        BASE | {"max_steps": max_steps},
-        [Part("drift", seeds, _always(grid))],
-    )
+    asks = "How large should the drift's coefficient be, and does the best one follow the size of the advantages?"
+    return Study("drift", asks, BASE | {"max_steps": max_steps}, [Part("drift", seeds, _always(grid))])
 
 
 def anatomy_study(seeds: Sequence[int] = range(100, 108), max_steps: int = 20) -> Study:
-    """CPGD taken apart, its drift given to the others, and GRPO held by a reference instead."""
-    rows = (
-        *("cpgd", "cpg", "pgd", "pg", "grpo", "grpo_drift", "grpo_dual_clip", "grpo_unclipped"),
-        *("rloo", "rloo_drift", "reinforce_pp", "reinforce_pp_drift"),
-    )
+    """CPGD taken apart, the other algorithms with its drift, and GRPO with a KL to the reference instead."""
+    grpo = ("grpo", "grpo_drift", "grpo_dual_clip", "grpo_unclipped")
+    rows = ("cpgd", "cpg", "pgd", "pg", *grpo, "rloo", "rloo_drift", "reinforce_pp", "reinforce_pp_drift")
     arms: list[Settings] = [HARD | {"algorithm": row} for row in rows]
     arms += [HARD | {"algorithm": "grpo", "beta": beta} for beta in (0.04, 0.4)]
-    return Study(
-        "anatomy",
-        "Which half of CPGD does the work, and does it help the others as much?",
-        BASE | {"max_steps": max_steps},
-        [Part("anatomy", seeds, _always(arms))],
-    )
+    asks = "Which half of CPGD does the work, and does it help the others as much?"
+    return Study("anatomy", asks, BASE | {"max_steps": max_steps}, [Part("anatomy", seeds, _always(arms))])
 
 
 def fair_study(
@@ -91,29 +73,24 @@ def fair_study(
     def search(_: pd.DataFrame) -> list[Settings]:
         """The same draws for each: learning rate (log-uniform, 1e-5 to 3e-4), epsilon, beta."""
         random_ = random.Random(0)
-        drawn = [
-            {
-                "learning_rate": float(f"{10 ** random_.uniform(-5, math.log10(3e-4)):.2g}"),
-                "epsilon": random_.choice((0.1, 0.2, 0.3)),
-                "beta": random_.choice((0.0, 0.0, 0.01, 0.1)),
-            }
-            for _ in range(draws)
-        ]
-        return [HARD | {"algorithm": algorithm} | settings for settings in drawn for algorithm in FOUR]
+        arms: list[Settings] = []
+        for _ in range(draws):
+            rate, epsilon = 10 ** random_.uniform(-5, math.log10(3e-4)), random_.choice((0.1, 0.2, 0.3))
+            settings = {"learning_rate": float(f"{rate:.2g}"), "epsilon": epsilon}
+            settings["beta"] = random_.choice((0.0, 0.0, 0.01, 0.1))
+            arms += [HARD | {"algorithm": algorithm} | settings for algorithm in FOUR]
+        return arms
 
     def best(found: pd.DataFrame) -> list[Settings]:
-        """By the mean reward of the last 10 steps of training: the held-out problems have no say."""
+        """The settings with the best mean reward in the last 10 steps. The held-out problems play no part."""
         names = ["algorithm", "learning_rate", "epsilon", "beta"]
         means = found.groupby(names, sort=False)["reward_last"].mean().reset_index()
         chosen = means.loc[means.groupby("algorithm", sort=False)["reward_last"].idxmax(), names]
         return [HARD | settings for settings in chosen.to_dict("records")]
 
-    return Study(
-        "fair",
-        "Does the difference survive when each algorithm has its own best settings?",
-        BASE | {"max_steps": max_steps},
-        [Part("search", search_seeds, search), Part("report", seeds, best)],
-    )
+    asks = "Does the difference survive when each algorithm has its own best settings?"
+    parts = [Part("search", search_seeds, search), Part("report", seeds, best)]
+    return Study("fair", asks, BASE | {"max_steps": max_steps}, parts)
 
 
 STUDIES = {study.name: study for study in (map_study(), drift_study(), anatomy_study(), fair_study())}

@@ -22,15 +22,15 @@ from minicpgd.training.run_folder import load_run
 
 WINDOW = 10
 HEALTHY = 0.5
-DIVERGED = "diverged.txt"  # lies in the folder of a run whose loss stopped being a number
+DIVERGED = "diverged.txt"  # This file marks a run whose loss was not a number.
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The outcome of a run. Accuracies are greedy, on the held-out set, rewards are of samples; shares of 1.
 
-    `reward_best` and `reward_last` are means over 10 steps. KL is to the sampling policy, nats per token, as the last
-    pass over a rollout has it: its largest, and its mean over the last 10 steps.
+    `reward_best` and `reward_last` are means over 10 steps. KL is that of the last pass over a rollout to the sampling
+    policy, in nats per token: its largest value, and its mean over the last 10 steps.
     """
 
     run: str
@@ -66,11 +66,7 @@ def window_means(reward: ArrayLike) -> np.ndarray:
 
 
 def collapsed(reward: ArrayLike, start: float) -> bool:
-    """Whether a run collapsed, by the rule above.
-
-    Args:
-        reward: mean reward of each step, in order.
-        start: mean reward of the model that training started from.
+    """Whether a run collapsed, from the mean reward of each step and that of the model at the `start`.
 
     Raises:
         ValueError: fewer than 10 steps.
@@ -80,16 +76,13 @@ def collapsed(reward: ArrayLike, start: float) -> bool:
 
 
 def outcome(folder: Path) -> Outcome:
-    """Read off a finished run.
-
-    A diverged one, whose loss stopped being a number, has collapsed and ends with an accuracy of 0.
-    """
+    """The outcome of a finished run. A diverged run has collapsed, and its final accuracy is 0."""
     _, metrics, _ = load_run(folder)
     diverged = (folder / DIVERGED).exists()
     reward = metrics["reward"]
     measured = ~np.isnan(metrics["eval_accuracy"])
     accuracy, at = metrics["eval_accuracy"][measured], metrics["step"][measured]
-    means = window_means(np.pad(reward[1:], (0, max(0, WINDOW + 1 - len(reward)))))  # a diverged run may be short
+    means = window_means(np.pad(reward[1:], (0, max(0, WINDOW + 1 - len(reward)))))  # A diverged run may be short.
     has_collapsed = diverged or collapsed(reward[1:], start=reward[0])
     final = 0.0 if diverged else accuracy[-1]
 

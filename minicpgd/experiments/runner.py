@@ -1,14 +1,14 @@
-r"""Many runs: one question, a grid of settings, several seeds, and a table of what came of it.
+r"""Many runs: one question, a grid of settings, several seeds, and a table of outcomes.
 
-In: a `Study` (`studies.py` has four). Out: its folder, with
+In: a `Study` (`catalogue.py` has four). Out: its folder, with
 
     study.csv       a row per run: its settings, whether it collapsed, accuracy before, best and after
     steps.csv.gz    the metrics of every step of every run
     passes.csv.gz   ratios, KL and clipped shares of every pass over some rollouts
-    made.json       the command, the versions, and the core-minutes it took
+    made.json       the command, the versions, and the core-minutes
 
-A run lies in a pool of runs, under a name made from what was asked of it: two studies that ask the same share it, and
-none is made twice. Kill a study when you like; the same command goes on where it was.
+Runs lie in a pool, under names made from their settings. Two studies with the same settings share a run. You may kill a
+study at any time; the same command continues it.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ Settings = dict[str, Any]
 
 
 class Part(NamedTuple):
-    """Some settings, each at every seed. `settings` is given the table of the parts before, to choose from it."""
+    """Some settings, each at every seed. `settings` gets the table of the parts before, to choose from it."""
 
     name: str
     seeds: Sequence[int]
@@ -61,46 +61,34 @@ class Study:
 
     @property
     def command(self) -> str:
-        """What makes it."""
+        """The command that makes this study."""
         return f"minicpgd study {self.name}{' --quick' if self.quick else ''}"
 
     def runs(self, part: Part, so_far: pd.DataFrame, pool: Path) -> pd.DataFrame:
-        """The runs of one part, a row each: part, settings, K, and the `config`, with its folder in the pool.
-
-        Seeds are the outer loop: a study stopped early is whole, with fewer seeds.
-        """
+        """The runs of one part, a row each: part, settings, K, and the `config`, with its folder in the pool."""
         arms = part.settings(so_far)
-        fields = dict.fromkeys(
-            ["algorithm", "seed", *(name for arm in arms for name in arm if name != "num_iterations")]
-        )
+        fields = dict.fromkeys(["algorithm", "seed", *(name for arm in arms for name in arm)])
+        fields.pop("num_iterations", None)
         rows = []
-        for seed, arm in product(part.seeds, arms):
+        for seed, arm in product(part.seeds, arms):  # A study that was stopped early is complete for fewer seeds.
             config = _in_pool(TrainConfig(**{**self.base, **arm, "seed": seed}), pool)
-            asked = {name: getattr(config, name) for name in fields}
-            rows.append(
-                {"part": part.name, **asked, "updates_per_rollout": config.updates_per_rollout, "config": config}
-            )
+            row = {"part": part.name} | {name: getattr(config, name) for name in fields}
+            rows.append(row | {"updates_per_rollout": config.updates_per_rollout, "config": config})
         return pd.DataFrame(rows)
 
 
 def run_study(
     study: Study, folder: Path, pool: Path, *, on_wait: Callable[[int, float, int, int], None], jobs: int | None = None
 ) -> Path:
-    """Make the runs that are missing, one process per core, and write the tables.
+    """Make the missing runs in the `pool`, write the study's tables to `folder`, and return `folder`.
 
     Args:
-        folder: where the study's tables go.
-        pool: where the runs lie.
-        on_wait: called a few times a second with the number of the part, from 0, the share of its work that is done,
-            and its runs that are done and asked for.
-        jobs: processes at a time; by default one per core.
-
-    Returns:
-        `folder`.
+        on_wait: called a few times a second with the number of the part, from 0, the finished share of its work, and
+            the numbers of its finished runs and of all its runs.
 
     Raises:
-        UserError: that of the first run that failed, or a run in the pool is not what its name says. A run whose loss
-            stops being a number has not failed: it diverged, which is an outcome.
+        UserError: a run failed, or a run in the pool has other settings than its name says. A run whose loss is not a
+            number has not failed: it diverged, which is an outcome.
     """
     table = pd.DataFrame()
     pool.mkdir(parents=True, exist_ok=True)
@@ -109,7 +97,8 @@ def run_study(
         configs = list(rows.pop("config"))
         for config in configs:
             _check_same(config)
-        work = np.array([config.max_steps * (10 + config.updates_per_rollout) for config in configs])  # a rollout ~ 10
+        # A rollout takes as long as ten updates.
+        work = np.array([config.max_steps * (10 + config.updates_per_rollout) for config in configs])
 
         def poll(configs: list[TrainConfig] = configs, work: np.ndarray = work, number: int = number) -> None:
             done = np.array([_finished(config) for config in configs])
@@ -125,9 +114,16 @@ def run_study(
     for log, name in (("metrics", "steps"), ("passes", "passes")):
         logged = [pd.DataFrame(read_lines(pool / run / f"{log}.jsonl")).assign(run=run) for run in table["run"]]
         write_table(folder / f"{name}.csv.gz", pd.concat(logged, ignore_index=True))
-    (folder / "made.json").write_text(
-        json.dumps(_provenance(study, [pool / run for run in table["run"]]), indent=2) + "\n"
-    )
+    provenance = {
+        "asks": study.asks,
+        "command": study.command,
+        "base": study.base,
+        "runs": len(table),
+        "core_minutes": round(sum(run_seconds(pool / run) for run in table["run"]) / 60, 1),
+        "versions": versions(),
+        "machine": f"{platform.machine()}, one thread per run",
+    }
+    (folder / "made.json").write_text(json.dumps(provenance, indent=2) + "\n")
     return folder
 
 
@@ -137,18 +133,15 @@ def run_all(
     jobs: int | None = None,
     run: Callable[[TrainConfig], Path] = train,
 ) -> list[Path]:
-    """Train each config in a process of its own, one per core at a time, each on one thread.
+    """Train each config in its own process, on one thread, and return the runs' folders, in order.
 
     Args:
-        on_wait: called a few times a second; to see how far the runs are, read their folders.
+        on_wait: called a few times a second; the runs' folders show how far they are.
         jobs: processes at a time; by default one per core.
-        run: what a process does with a config.
-
-    Returns:
-        The runs' folders, in order.
+        run: the function that a process calls with a config.
 
     Raises:
-        UserError: that of the first run that failed; the others are not started.
+        UserError: a run failed; no further run is started.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context, initializer=_prepare_worker) as pool:
@@ -159,29 +152,29 @@ def run_all(
                 done, pending = wait(pending, timeout=0.3)
                 on_wait()
                 for future in done:
-                    future.result()  # raises what the run raised
+                    future.result()  # It raises what the run raised.
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
                 for child in multiprocessing.active_children():
-                    child.terminate()  # a run may be killed at any time
+                    child.terminate()  # A run may be killed at any time.
             raise
         return [future.result() for future in futures]
 
 
 def _in_pool(config: TrainConfig, pool: Path) -> TrainConfig:
-    """The config with a folder named after its algorithm, seed, and a digest of all that is not as by default."""
+    """The config with a folder named after its algorithm, its seed, and a digest of all other non-default settings."""
     default = asdict(TrainConfig(output_dir=config.output_dir))
-    asked = {name: value for name, value in asdict(config).items() if value != default[name]}
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
+    changed = {name: value for name, value in asdict(config).items() if value != default[name]}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:10]
     return replace(config, output_dir=str(pool / f"{config.algorithm}-seed{config.seed}-{digest}"))
 
 
 def _check_same(config: TrainConfig) -> None:
-    """Names do not tell defaults, which a later version may have changed: what is there has to be what is asked."""
+    """Folder names omit default settings, so compare the stored config with the requested one."""
     path = config.folder / "config.json"
     if path.exists() and replace(load_config(path), output_dir=config.output_dir) != config:
-        raise UserError(f"{path}: made with other defaults than today's; choose another folder for the study")
+        raise UserError(f"{path}: its defaults are not today's; choose another folder for the study")
 
 
 def _finished(config: TrainConfig) -> bool:
@@ -189,7 +182,7 @@ def _finished(config: TrainConfig) -> bool:
 
 
 def _finish(config: TrainConfig) -> Path:
-    """Begin a run, or go on with it. Its checkpoints are no longer needed then."""
+    """Begin or continue a run, and remove its checkpoints at the end."""
     try:
         train(config, resume=(config.folder / "config.json").is_file())
     except NonFiniteError as error:
@@ -199,33 +192,20 @@ def _finish(config: TrainConfig) -> Path:
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """A CSV with six digits; the same table makes the same bytes."""
-    how: Any = {"method": "gzip", "mtime": 0} if path.suffix == ".gz" else None
-    write_atomically(path, lambda part: table.to_csv(part, index=False, float_format="%.6g", compression=how))
-
-
-def _provenance(study: Study, runs: Sequence[Path]) -> dict[str, Any]:
-    return {
-        "asks": study.asks,
-        "command": study.command,
-        "base": dict(study.base),
-        "runs": len(runs),
-        "core_minutes": round(sum(map(run_seconds, runs)) / 60, 1),
-        "versions": versions(),
-        "machine": f"{platform.machine()}, one thread per run",
-    }
+    """Write a CSV with six digits. The same table gives the same bytes."""
+    gzip: Any = {"method": "gzip", "mtime": 0} if path.suffix == ".gz" else None
+    write_atomically(path, lambda part: table.to_csv(part, index=False, float_format="%.6g", compression=gzip))
 
 
 def _prepare_worker() -> None:
     quiet()
-    torch.set_num_threads(1)  # as many processes as cores: more threads would only wait for each other
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches workers, too: leave at once, without a traceback
+    torch.set_num_threads(1)  # There are as many processes as cores.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches workers too. They end at once, without a traceback.
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    """A study that was killed leaves no process behind that would go on writing."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    """End the worker when its study is killed, so that no process goes on writing."""
+    if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)

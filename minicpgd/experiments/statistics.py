@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 
 class Estimate(NamedTuple):
-    """A number and its 95 % interval, which is NaN where one value is all there is."""
+    """A number and its 95 % interval, which is NaN for a single value."""
 
     value: float
     low: float
@@ -23,14 +23,14 @@ class Estimate(NamedTuple):
 
 def wilson(successes: int, n: int) -> Estimate:
     """A share of n runs with its Wilson interval (Wilson 1927)."""
-    from scipy.stats import binomtest  # here, as its half a second is more than most commands need
+    from scipy.stats import binomtest  # This import takes half a second.
 
     interval = binomtest(int(successes), int(n)).proportion_ci(0.95, method="wilson")
     return Estimate(successes / n, interval.low, interval.high)
 
 
 def bootstrap_mean(per_seed: ArrayLike) -> Estimate:
-    """The mean of one value per seed, with its percentile bootstrap interval; the same numbers each time."""
+    """The mean of one value per seed, with its percentile bootstrap interval. The result is always the same."""
     values = np.asarray(per_seed, dtype=float)
     if len(values) < 2 or np.ptp(values) == 0:
         spread = values[0] if len(values) > 1 else np.nan

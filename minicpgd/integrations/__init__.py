@@ -1,5 +1,5 @@
-"""The table on other people's engines, one file for each. Nothing else in the package imports from here.
+"""Integrations: the rows of the table inside the training programs of others, one file each.
 
-In: the objects that the engine hands over. Out: advantages and losses of `minicpgd.ALGORITHMS`, in the engine's own
-shapes. Each file needs the extra of its name.
+In: the objects of TRL or verl. Out: advantages and losses of `minicpgd.ALGORITHMS`, in the shapes that they need. Each
+file needs the extra of its name, and no other package imports from here.
 """

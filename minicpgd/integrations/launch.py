@@ -1,15 +1,14 @@
-"""Our tasks on TRL's engine, from the command line: one process, eight GPUs, or a cluster of them.
+"""Train on a task of this package with TRL, from the command line: in one process, on eight GPUs, or on a cluster.
 
     torchrun --nproc_per_node 2 -m minicpgd.integrations.launch --model_name_or_path embedded
     accelerate launch --config_file fsdp.yaml -m minicpgd.integrations.launch --config run.yaml
 
-Flags are TRL's (`CPGDConfig`; `ModelConfig`, for 4 bit and adapters) and those of `Problems`; `--config` reads them
-from a YAML file. In: problems and a reward by their names in this package. Out: `--output_dir`, with the trained model,
-which `minicpgd evaluate` takes (or an adapter, which PEFT puts on its model), TRL's checkpoints, and its log, in
-`trainer_state.json`; on the terminal a line per logged rollout. What is wrong with the flags is one line and exit code
-2; torchrun adds its own below, so try a new configuration without it first.
+In: flags, also from the YAML file after `--config`. They are TRL's (`CPGDConfig`; `ModelConfig` for 4 bit and adapters)
+and those of `Problems`. Out: in `--output_dir` the trained model, which `minicpgd evaluate` takes (or an adapter, which
+PEFT adds to its model), TRL's checkpoints, and its log `trainer_state.json`; on the terminal a line per logged rollout.
+A wrong flag gives one line and exit code 2. torchrun adds lines of its own, so try new flags without it first.
 
-For your own dataset and reward function you need none of this: `CPGDTrainer` takes them as TRL's GRPOTrainer does.
+For your own dataset and reward function use `CPGDTrainer`, which takes them as TRL's GRPOTrainer does.
 """
 
 import functools
@@ -43,89 +42,89 @@ if TYPE_CHECKING:
 
 @dataclass
 class Problems:
-    """What to train on, by names of this package."""
+    """The problems to train on, by names of this package."""
 
     task: str = field(default="chain_arithmetic", metadata={"help": "chain_arithmetic, gsm8k or jsonl."})
     data: str | None = field(default=None, metadata={"help": "A file or folder with problems, for gsm8k and jsonl."})
     reward: str | None = field(default=None, metadata={"help": "As in `minicpgd train`; None: the task's own."})
     instruction: str | None = field(default=None, metadata={"help": "Below each problem, in place of the task's."})
-    num_problems: int = field(default=4096, metadata={"help": "Problems drawn from the task, to be gone over in turn."})
+    num_problems: int = field(default=4096, metadata={"help": "Problems drawn from the task; epochs repeat them."})
 
 
 class LinePerRollout(ProgressCallback):
-    """transformers' bar; of what is logged, four numbers instead of forty."""
+    """The progress bar of transformers, with four of TRL's forty metrics."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """A line, where what is logged has a rollout in it."""
+        """Write a line if the log is a rollout's."""
         if self.training_bar is not None and "reward" in (logs or {}):
             names = {"reward": "reward", "completions/mean_length": "length", "kl_old": "kl_old", "loss": "loss"}
-            told = "  ".join(f"{short} {logs[name]:.3g}" for name, short in names.items() if name in logs)
-            self.training_bar.write(f"update {state.global_step}: {told}")
+            metrics = "  ".join(f"{short} {logs[name]:.3g}" for name, short in names.items() if name in logs)
+            self.training_bar.write(f"update {state.global_step}: {metrics}")
 
 
 def rows_of(task: Task, num_problems: int, seed: int, *, chat: bool) -> list[dict[str, Any]]:
     """Training problems as rows for TRL.
 
     Args:
-        chat: give each prompt as a message, so that TRL puts it into the tokenizer's chat template.
+        chat: make each prompt a message, so that TRL applies the tokenizer's chat template.
     """
-    problems: list[dict[str, Any]] = list(task.sample(num_problems, random.Random(seed)))
-    if not chat:
-        return problems
-    return [problem | {"prompt": [{"role": "user", "content": problem["prompt"]}]} for problem in problems]
+    rows: list[dict[str, Any]] = list(task.sample(num_problems, random.Random(seed)))
+    return [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows] if chat else rows
 
 
 def accept_messages(reward: RewardFunction) -> RewardFunction:
-    """The same reward function, for completions that TRL hands over as messages."""
+    """The same reward function, which also takes prompts and completions as messages, as TRL passes them."""
+
+    def text(message: Any) -> str:
+        return message if isinstance(message, str) else message[-1]["content"]
 
     @functools.wraps(reward)
-    def read(prompts: list, completions: list, **columns: Any) -> list[float]:
-        return reward(prompts=[_text(p) for p in prompts], completions=[_text(c) for c in completions], **columns)
+    def wrapped(prompts: list, completions: list, **columns: Any) -> list[float]:
+        return reward(prompts=[*map(text, prompts)], completions=[*map(text, completions)], **columns)
 
-    return read
+    return wrapped
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train as the flags say.
 
     Raises:
-        UserError: no TRL; a flag, file, task, reward or model that is not there; batches that hold no whole groups; too
-            few problems for one rollout; an `output_dir` with a trained model in it.
+        UserError: TRL is missing; a flag, file, task, reward or model does not exist; a batch is not a number of whole
+            groups; there are too few problems for a rollout; `output_dir` has a trained model.
     """
     trainer = _trainer(*settings(arguments))
     checkpoint = trainer.args.resume_from_checkpoint
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except UnpicklingError as error:  # torch takes tensors and numbers from one, nothing else
-        raise UserError(
-            f"resume_from_checkpoint = {checkpoint!r}: a file in it is damaged, or wants to run code"
-        ) from error
+    except UnpicklingError as error:  # torch loads tensors and numbers from a checkpoint, and nothing else.
+        damage = "a file in it is damaged, or wants to run code"
+        raise UserError(f"resume_from_checkpoint = {checkpoint!r}: {damage}") from error
     trainer.save_model()
     trainer.save_state()
 
 
 def settings(arguments: list[str] | None = None) -> tuple[Problems, "CPGDConfig", "ModelConfig"]:
-    """What the flags, and the file that `--config` names, say.
+    """Parse the flags, and the file after `--config`.
 
     Args:
         arguments: in place of the program's own.
 
     Raises:
-        UserError: no TRL, or a flag or value that is none.
+        UserError: TRL is missing, or a flag or a value is wrong.
     """
     quiet()
-    ours = importlib.import_module("minicpgd.integrations.trl")  # first: it says in one line what is missing
+    ours = importlib.import_module("minicpgd.integrations.trl")  # Without TRL this raises a UserError.
     from trl import ModelConfig, TrlParser
 
     parser = TrlParser((Problems, ours.CPGDConfig, ModelConfig), usage="%(prog)s --flag value ... (--help lists all)")
-    parser.error = _refuse  # type: ignore[method-assign]  # argparse's own adds a page of usage
-    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse's own method prints a page of usage.
+    flags = [*(sys.argv[1:] if arguments is None else arguments)]
     if not torch.accelerator.is_available():
-        given.insert(0, "--use_cpu")
-    logging.set_verbosity_warning()  # a bar is wanted, and with less than warnings TRL's config leaves it out
+        flags.insert(0, "--use_cpu")
+    logging.set_verbosity_warning()  # With less than warnings, TRL's config would switch off the progress bar.
     with _in_one_line():
         problems, args, model, unknown = parser.parse_args_and_config(
-            args=given, return_remaining_strings=True, fail_with_unknown_args=False
+            args=flags, return_remaining_strings=True, fail_with_unknown_args=False
         )
     quiet()
     if unknown:
@@ -138,21 +137,17 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; --help lists all")
 
 
-def _check_folders(args: "CPGDConfig") -> None:
-    resumed, out = args.resume_from_checkpoint, Path(args.output_dir)
-    if resumed and not Path(resumed).is_dir():
-        raise UserError(f"resume_from_checkpoint = {resumed!r}: there is no such folder")
-    if not resumed and any(out.glob("*.safetensors")):
-        raise UserError(f"output_dir = {args.output_dir!r}: a trained model is there; name another, or remove it")
-
-
 def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "CPGDTrainer":
     from datasets import Dataset
     from trl import get_peft_config, get_quantization_config
 
     from minicpgd.integrations.trl import CPGDTrainer
 
-    _check_folders(args)
+    resumed = args.resume_from_checkpoint
+    if resumed and not Path(resumed).is_dir():
+        raise UserError(f"resume_from_checkpoint = {resumed!r}: there is no such folder")
+    if not resumed and any(Path(args.output_dir).glob("*.safetensors")):
+        raise UserError(f"output_dir = {args.output_dir!r}: a trained model is there; name another, or remove it")
     name = resolve_model(model.model_name_or_path or ModelSettings.model)
     task = get_task(problems.task, data=problems.data, instruction=problems.instruction)
     reward = load_reward(problems.reward) if problems.reward else task.reward
@@ -167,9 +162,8 @@ def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "C
     rows = rows_of(task, problems.num_problems, args.seed, chat=bool(tokenizer.chat_template))
     wanted = (args.generation_batch_size or 0) // args.num_generations
     if len(rows) < wanted:
-        raise UserError(
-            f"num_problems = {len(rows)}: a rollout takes {wanted} (generation_batch_size / num_generations)"
-        )
+        reason = f"a rollout takes {wanted} (generation_batch_size / num_generations)"
+        raise UserError(f"num_problems = {len(rows)}: {reason}")
     with _in_one_line():
         trainer = CPGDTrainer(
             model=name,
@@ -188,17 +182,13 @@ def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "C
 
 @contextmanager
 def _in_one_line(where: str = "") -> Iterator[None]:
-    """What TRL and transformers refuse, in the first line of their words."""
+    """Turn an error of TRL or transformers into a UserError with the first line of its message."""
     try:
         yield
     except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         raise UserError(where + str(error).strip().splitlines()[0]) from error
-    except IndexError as error:  # of TRL's parser
+    except IndexError as error:  # TRL's parser raises it.
         raise UserError("config: name a YAML file after --config") from error
-
-
-def _text(message: Any) -> str:
-    return message if isinstance(message, str) else message[-1]["content"]
 
 
 if __name__ == "__main__":

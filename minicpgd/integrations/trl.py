@@ -1,26 +1,16 @@
-r"""The same objectives on TRL's engine: `CPGDTrainer` is TRL's GRPOTrainer with our advantages and our loss.
+"""The same objectives in TRL: `CPGDTrainer` is TRL's GRPOTrainer with our advantages and our loss.
 
-    trainer = CPGDTrainer(
-        model="Qwen/Qwen2.5-0.5B-Instruct",
-        reward_funcs=my_reward,
-        train_dataset=my_dataset,
-        args=CPGDConfig(algorithm="cpgd", drift_coef="auto", num_iterations=4),
-    )
-    trainer.train()
+TRL does everything else: several GPUs (accelerate, FSDP, DeepSpeed), vLLM, adapters, 4 bit, chat templates, tools,
+logging, checkpoints. docs/scale.md has an example and translates our names into TRL's. `launch.py` trains on our tasks.
 
-Everything else is TRL's and is told to TRL: several GPUs (accelerate, FSDP, DeepSpeed), vLLM, adapters, 4 bit, chat
-templates, tools, logging, checkpoints. docs/scale.md says what TRL calls by another name, and has the commands.
-
-In: a reward function and a dataset, as GRPOTrainer takes them. Out: what GRPOTrainer leaves, and in its log, beside its
-own metrics, `kl_old`, `ratio_min`, `ratio_max`, `clip_frac_pos`, `clip_frac_neg`, and `drift_coef`. You may change
-every field of `CPGDConfig` but those in `NOT_OURS`, which only TRL's own losses read. Needs the extra `trl`.
-
-`launch.py` beside this file starts it on our tasks from the command line.
+In: a reward function and a dataset, as for GRPOTrainer. Out: what GRPOTrainer writes; its log also has `kl_old`,
+`ratio_min`, `ratio_max`, `clip_frac_pos`, `clip_frac_neg` and `drift_coef`. You may change every field of `CPGDConfig`
+except those in `NOT_OURS`, which only TRL's own losses read. This file needs the extra `trl`.
 """
 
 import contextlib
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +26,8 @@ from minicpgd.errors import ConfigError, UserError
 try:
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
-    raise UserError(
-        f"minicpgd.integrations.trl needs TRL 1.16 or newer: pip install 'minicpgd[trl]' ({error})"
-    ) from error
+    needs = "minicpgd.integrations.trl needs TRL 1.16 or newer: pip install 'minicpgd[trl]'"
+    raise UserError(f"{needs} ({error})") from error
 
 NOT_OURS = {
     "loss_type": "algorithm and aggregation",
@@ -53,13 +42,15 @@ NOT_OURS = {
     **dict.fromkeys(("use_adaptive_entropy", "entropy_target"), "no entropy bonus"),
     "off_policy_mask_threshold": "the drift",
     "use_bias_correction_kl": "beta, on k3 as it is",
-}  # a field of TRL's: what stands in its place
-DRIFT_COEF = "drift_coef.json"  # in a checkpoint: "auto" keeps the last one over a rollout without any advantage
+}  # fields of TRL's config, and what replaces each
+DRIFT_COEF = (
+    "drift_coef.json"  # A checkpoint has it, because "auto" keeps the last value if a rollout has no advantage.
+)
 
 
 @dataclass
 class CPGDConfig(GRPOConfig):
-    """TRL's GRPOConfig and six fields of ours, which mean what they mean in `minicpgd.TrainConfig`.
+    """TRL's GRPOConfig with six fields of ours, which mean the same as in `minicpgd.TrainConfig`.
 
     Raises:
         ConfigError: a field of ours is wrong, or one of TRL's is set that our losses would not read.
@@ -69,39 +60,35 @@ class CPGDConfig(GRPOConfig):
     drift_coef: str = field(default="auto", metadata={"help": "Alpha: a number, or auto for max |A| of each rollout."})
     drift_clip: float = field(default=2.0, metadata={"help": "The largest slope of the drift, c."})
     advantage_weight: str | None = field(default=None, metadata={"help": "equal, std or clip_filter; None: the row's."})
-    aggregation: str | None = field(
-        default=None, metadata={"help": "sequence_mean, token_mean or constant; None: the row's."}
-    )
-    importance_level: str | None = field(
-        default=None, metadata={"help": "token, sequence or sequence_mean: where the ratio is taken; None: the row's."}
-    )
+    aggregation: str | None = field(default=None, metadata={"help": "How tokens share one mean; None: the row's."})
+    importance_level: str | None = field(default=None, metadata={"help": "Where the ratio is taken; None: the row's."})
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Not read: beta weighs k3 as it is."})
 
     def __post_init__(self) -> None:
-        with contextlib.suppress(ValueError, TypeError):  # of "auto"; and what is no number, TrainConfig refuses
-            self.drift_coef = float(self.drift_coef)  # type: ignore[assignment]  # a command line has strings only
-        self.objective()  # It refuses the values that our own loop refuses.
+        with contextlib.suppress(ValueError, TypeError):  # It may be "auto"; `objective` refuses other words.
+            self.drift_coef = float(self.drift_coef)  # type: ignore[assignment]  # A command line has only strings.
+        self.objective()
         super().__post_init__()
         for theirs in fields(self):
             if theirs.name in NOT_OURS and getattr(self, theirs.name) != theirs.default:
                 raise ConfigError(f"{theirs.name}: only TRL's own losses read it; here it is {NOT_OURS[theirs.name]}")
 
     def objective(self) -> ObjectiveSettings:
-        """The fields that our losses read. Some have TRL's names."""
+        """The fields that our losses read, checked. Some have TRL's names."""
         return ObjectiveSettings(**{field.name: getattr(self, field.name) for field in fields(ObjectiveSettings)})
 
 
 class CPGDTrainer(GRPOTrainer):
     """TRL's GRPOTrainer, with the advantages and the loss of a row of `minicpgd.ALGORITHMS`.
 
-    Takes what GRPOTrainer takes, and a `CPGDConfig`. Any number of processes and any cut into micro-batches gives the
-    gradient of one process with one batch, to rounding; but for a mean over tokens where an optimizer step reaches into
-    a rollout that is not made yet. TRL's `clip_ratio/*` count tokens beyond the bounds, whether the row clips or not.
+    It takes the arguments of GRPOTrainer, with a `CPGDConfig`. The number of processes and of micro-batches does not
+    change the gradient, except for rounding, and except for a mean over tokens whose optimizer step needs a part of the
+    next rollout. TRL's `clip_ratio/*` count tokens beyond the bounds, also for a row that does not clip.
 
     Raises:
-        ConfigError: `args` is no CPGDConfig, or has `beta` with a row that pays it in the reward, at one update per
-            rollout (there TRL keeps no log-probabilities of the policy that sampled).
-        UserError: a response to which no reward function gave a number.
+        ConfigError: `args` is no CPGDConfig; or `beta` is a penalty in the reward, with one update per rollout, for
+            which TRL does not keep the log-probabilities that the penalty needs.
+        UserError: no reward function gave a number to a response.
     """
 
     args: CPGDConfig
@@ -109,7 +96,7 @@ class CPGDTrainer(GRPOTrainer):
     _name = "minicpgd (CPGD and its relatives)"
     _paper = {"title": "CPGD: Toward Stable Rule-based Reinforcement Learning for Language Models", "id": "2505.12504"}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # GRPOTrainer's own, which checks them
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, CPGDConfig):
             raise ConfigError(f"args is a {type(self.args).__name__}: CPGDTrainer takes a CPGDConfig")
@@ -117,14 +104,11 @@ class CPGDTrainer(GRPOTrainer):
         self.algorithm = self.objective.row
         self.drift_coef = 1.0 if self.args.drift_coef == "auto" else float(self.args.drift_coef)
         _, upper = self.algorithm.clip_bounds(self.args.epsilon, self.args.epsilon_high)
-        self.epsilon_high = upper - 1  # for TRL's metrics: a row may have one of its own
-        # What TRL has just made: rewards (B of all processes, functions), lengths (B of this one) in tokens;
-        self._rewards: Tensor
-        self._lengths: Tensor
-        # of a micro-batch, log-probabilities and entropies (B, T), and the loss that balances experts;
-        self._scored: tuple[Tensor, Tensor, Tensor | None]
-        # of a rollout, its micro-batches, and the tokens in each.
-        self._counted: tuple[list, Tensor] = ([], torch.empty(0))
+        self.epsilon_high = upper - 1  # TRL's metrics read it. A row may have its own.
+        self._rewards: Tensor  # (B of all processes, reward functions), from TRL's last rollout
+        self._lengths: Tensor  # (B of this process,) tokens, from TRL's last rollout
+        self._scored: tuple[Tensor, Tensor, Tensor | None]  # a micro-batch's logp and entropy (B, T); the experts' loss
+        self._counted: tuple[list, Tensor] = ([], torch.empty(0))  # a rollout's micro-batches, and the tokens in each
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> Tensor:
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
@@ -136,26 +120,25 @@ class CPGDTrainer(GRPOTrainer):
         return self._scored
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollout, with our advantages in it: computed from all processes' rewards, the same on each."""
-        made = super()._generate_and_score_completions(inputs)
+        """TRL's rollout with our advantages. Each process computes them from the rewards of all processes."""
+        rollout = super()._generate_and_score_completions(inputs)
         group = self.num_generations if self.model.training else self.num_generations_eval
         if group == 1 and not self.model.training:
-            return made  # one response to a prompt, in an evaluation: TRL's advantages are 0
+            return rollout  # An evaluation with one response per prompt has TRL's advantages, which are 0.
         if self._rewards.isnan().all(dim=1).any():
-            raise UserError(
-                "a response got no number from any reward function: advantages compare each with the others"
-            )
+            reason = "advantages compare each with the others"
+            raise UserError(f"a response got no number from any reward function: {reason}")
         rewards = (self._rewards * self.reward_weights.to(self._rewards)).nansum(dim=1)
+        mask = _mask(rollout)
         if self.beta and self.algorithm.reference_kl == "reward":
-            if "old_per_token_logps" not in made:
-                raise ConfigError(
-                    f"beta = {self.beta}: {self.algorithm.name} pays it in the reward, for which TRL keeps what is "
-                    "needed only where num_iterations * steps_per_generation > gradient_accumulation_steps"
-                )
-            penalty = ((made["old_per_token_logps"] - made["ref_per_token_logps"]) * _mask(made)).sum(dim=1)
+            if "old_per_token_logps" not in rollout:
+                kept = "TRL keeps the log-probabilities that this needs only if num_iterations * steps_per_generation"
+                name = f"beta = {self.beta}: {self.algorithm.name}"
+                raise ConfigError(f"{name} has it in the reward, and {kept} > gradient_accumulation_steps")
+            penalty = ((rollout["old_per_token_logps"] - rollout["ref_per_token_logps"]) * mask).sum(dim=1)
             rewards = rewards - self.beta * self.accelerator.gather(penalty)
-        written = _mask(made).sum(dim=1)  # none, of a response that mask_truncated_completions leaves out of the loss
-        lengths = self.accelerator.gather(torch.where(written > 0, written, self._lengths))
+        lengths = mask.sum(dim=1)  # 0 for responses dropped by mask_truncated_completions
+        lengths = self.accelerator.gather(torch.where(lengths > 0, lengths, self._lengths))
         advantages = self.algorithm.advantages(rewards.view(-1, group), lengths.view(-1, group)).flatten()
         if self.args.drift_coef == "auto" and self.model.training:
             self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
@@ -163,50 +146,51 @@ class CPGDTrainer(GRPOTrainer):
         for _ in range(min(len(logged), len(advantages))):
             logged.pop()
         logged.extend(advantages.tolist())
-        local = len(made["advantages"])
-        return made | {"advantages": advantages[self.accelerator.process_index * local :][:local]}
+        local = len(rollout["advantages"])
+        return rollout | {"advantages": advantages[self.accelerator.process_index * local :][:local]}
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """TRL's next micro-batch, with its share of the optimizer step that it belongs to.
+        """TRL's next micro-batch, with its `share` of the optimizer step.
 
-        `share` is 1 / micro-batches for a mean over responses. For a mean over tokens it is the tokens here / those of
-        the optimizer step, times the number of processes, over which gradients are averaged.
+        For a mean over responses the share is 1 / micro-batches. For a mean over tokens it is the tokens of the
+        micro-batch / those of the step, times the number of processes, because gradients are averaged over processes.
         """
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return inputs | {"share": 1.0}
+        together = self.current_gradient_accumulation_steps
         if self.algorithm.aggregation is not token_mean:
-            return inputs | {"share": 1 / self.current_gradient_accumulation_steps}
+            return inputs | {"share": 1 / together}
         if self._counted[0] is not self._buffered_inputs:
             counts = torch.stack([_mask(batch).sum() for batch in self._buffered_inputs]).float()
             self._counted = self._buffered_inputs, self.accelerator.reduce(counts, reduction="sum")
         _, counts = self._counted
-        together, here = self.current_gradient_accumulation_steps, self._step % len(counts)
         if len(counts) % together == 0:
-            first = here // together * together
+            first = self._step % len(counts) // together * together
             tokens = counts[first : first + together].sum()
-        else:  # the step reaches into a rollout that is not made yet: take it to be like this one
+        else:  # The step needs a part of the next rollout, whose length is assumed to be this one's.
             tokens = counts.mean() * together
         return inputs | {"share": _mask(inputs).sum() * self.accelerator.num_processes / tokens.clamp(min=1)}
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Our loss, of the log-probabilities that TRL has just computed for its own.
+        """Our loss, from the log-probabilities that TRL has computed for its own.
 
-        TRL's loss is computed, for its metrics, and dropped: no copy of its code to keep in step.
+        TRL computes its loss, too, because its metrics need it. So this file copies none of TRL's code.
         """
         super()._compute_loss(model, inputs)
-        logp, entropy, aux_loss = self._scored  # of which no graph is to outlive its step
+        logp, entropy, aux_loss = self._scored
+        # Detach what stays, so that the graph is freed.
         self._scored = logp.detach(), entropy.detach(), None if aux_loss is None else aux_loss.detach()
         mask, old_logp = _mask(inputs), inputs.get("old_per_token_logps")
         weights = self.algorithm.token_weights(mask, self.max_completion_length)
-        if "importance_sampling_ratio" in inputs:  # what vLLM sampled with, against what is trained
+        if "importance_sampling_ratio" in inputs:  # vLLM's probabilities differ from those of the trained model.
             weights = weights * inputs["importance_sampling_ratio"]
         output = self.algorithm.loss(
             logp,
-            logp.detach() if old_logp is None else old_logp,  # one update per rollout: this is the policy that sampled
+            logp.detach() if old_logp is None else old_logp,  # With one update per rollout, this policy has sampled.
             inputs["advantages"],
             mask,
-            self.objective.loss_settings(self.drift_coef),
+            replace(self.objective.loss_settings(self.drift_coef), beta=self.beta),
             ref_logp=inputs.get("ref_per_token_logps"),
             token_weights=weights * inputs["share"],
         )
@@ -224,18 +208,17 @@ class CPGDTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / DRIFT_COEF).is_file():
-            self.drift_coef = json.loads((Path(checkpoint) / DRIFT_COEF).read_text())
+        if checkpoint is not None and (path := Path(checkpoint) / DRIFT_COEF).is_file():
+            self.drift_coef = json.loads(path.read_text())
 
     def _log_ours(self, output: LossOutput) -> None:
-        """Our metrics over all processes: means over tokens, and the extremes."""
+        """Log our metrics over all processes: means over tokens, and the extremes of the ratio."""
         means = ("kl_old", "clip_frac_pos", "clip_frac_neg")
-        told = dict.fromkeys(means, 0.0) | {"ratio_min": 1.0, "ratio_max": 1.0} | token_metrics([output])
+        local = dict.fromkeys(means, 0.0) | {"ratio_min": 1.0, "ratio_max": 1.0} | token_metrics([output])
         tokens = output.mask.sum().double()
-        sums = self.accelerator.reduce(
-            tokens * tokens.new_tensor([1.0, *(told[name] for name in means)]), reduction="sum"
-        )
-        ends = self.accelerator.gather(tokens.new_tensor([[-told["ratio_min"], told["ratio_max"]]])).amax(dim=0)
+        sums = tokens * tokens.new_tensor([1.0, *(local[name] for name in means)])
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        ends = self.accelerator.gather(tokens.new_tensor([[-local["ratio_min"], local["ratio_max"]]])).amax(dim=0)
         metrics = dict(zip(means, (sums[1:] / sums[0].clamp(min=1)).tolist(), strict=True))
         metrics |= {"ratio_min": -ends[0].item(), "ratio_max": ends[1].item()}
         if self.algorithm.drift:
@@ -245,6 +228,6 @@ class CPGDTrainer(GRPOTrainer):
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:
-    """(B, T), 1 where a token was written by the policy: not padding, and not a tool's answer."""
+    """(B, T), 1 for each token that the policy wrote, and 0 for padding and for a tool's answer."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

@@ -1,19 +1,8 @@
-r"""Every row of the table inside verl, for models and clusters that this package is too small for. Needs verl 0.9.1.
+r"""Every row of the table in verl 0.9.1, for models and clusters that are too large for this package.
 
-With `pip install 'minicpgd[verl]'` verl finds this file by itself, through the entry-point group `verl.plugins`, in
-the driver and in every worker. Each row is then a policy loss and an advantage estimator called `minicpgd_<row>`; the
-prefix is there because verl has a "grpo", a "gspo", a "cispo" and an "rloo" of its own. What a user types after
-`python -m verl.trainer.main_ppo`, beside model and data:
-
-    algorithm.adv_estimator=minicpgd_cpgd
-    actor_rollout_ref.actor.policy_loss.loss_mode=minicpgd_cpgd
-    actor_rollout_ref.actor.policy_loss._target_=minicpgd.integrations.verl.CPGDLossConfig
-    +actor_rollout_ref.actor.policy_loss.drift_coef=3.75
-    actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
-
-verl swallows what goes wrong in a plugin. If it says `Unsupported loss mode: minicpgd_cpgd`, this shows why:
-
-    python -c "import minicpgd.integrations.verl"
+With `pip install 'minicpgd[verl]'` the driver and every worker of verl find this file through the entry-point group
+`verl.plugins`. It registers each row as a policy loss and as an advantage estimator, both called `minicpgd_<row>`: verl
+has a "grpo", a "gspo", a "cispo" and an "rloo" of its own. docs/scale.md has a whole command.
 
 | `minicpgd.TrainConfig` | in verl (`actor` is `actor_rollout_ref.actor`) |
 |---|---|
@@ -24,12 +13,12 @@ verl swallows what goes wrong in a plugin. If it says `Unsupported loss mode: mi
 | `drift_coef`, `drift_clip`, `importance_level` | `+actor.policy_loss.drift_coef` and so on: see `CPGDLossConfig` |
 | `beta` | `actor.use_kl_loss`, `actor.kl_loss_coef`; for REINFORCE++ `algorithm.use_kl_in_reward` and `kl_ctrl` |
 
-Where verl's configuration and a row disagree, verl's is obeyed, and one line warns: a logged configuration that says
-0.2 should not mean 0.28. So `minicpgd_dapo` needs `actor.clip_ratio_high=0.28`, and `minicpgd_cpgd`, whose mean is per
-response, needs `actor.loss_agg_mode=seq-mean-token-mean`, since verl's default is `token-mean`.
+If verl's configuration and a row disagree, verl's value is used, so that its log is true, and one line warns. So
+`minicpgd_dapo` needs `actor.clip_ratio_high=0.28`, and `minicpgd_cpgd`, which averages over each response first, needs
+`actor.loss_agg_mode=seq-mean-token-mean`, because verl's default is `token-mean`.
 
 In: log-probabilities (B, T) in nats, masks and token-level rewards, as verl has them. Out: a scalar loss and metrics,
-or advantages (B, T). All arithmetic of the objective is `Algorithm.loss` and `Algorithm.advantages`.
+or advantages (B, T). `Algorithm.loss` and `Algorithm.advantages` compute them.
 """
 
 import functools
@@ -60,20 +49,17 @@ AGG_MODES: dict[Aggregation, str] = {
     token_mean: "token-mean",
     constant: "seq-mean-token-sum-norm",
 }
+_warn_once = functools.cache(warnings.warn)  # Python's "once" starts again after each warnings.catch_warnings.
 METRICS = ("kl_old", "ratio_p01", "ratio_p99", "clip_frac_pos", "clip_frac_neg")
 
 
 @dataclass
 class CPGDLossConfig(PolicyLossConfig):
-    r"""verl's `policy_loss`, and three fields of ours, which mean what they mean in `minicpgd.TrainConfig`.
+    """verl's `policy_loss` with three fields of ours, which mean the same as in `minicpgd.TrainConfig`.
 
-    hydra makes one of `actor_rollout_ref.actor.policy_loss._target_=minicpgd.integrations.verl.CPGDLossConfig`; the
-    fields are then `+actor_rollout_ref.actor.policy_loss.drift_coef=3.75` and so on. Without it rows with drift take
-    the defaults here.
-
-    `drift_coef` is a number, never "auto": the loss sees a micro-batch, and the advantages of a rollout are known to
-    verl's driver alone. What "auto" would set can be had beforehand: with `std` weights and rewards 0 and 1 the largest
-    $|A|$ is that of a single odd response among G, $(G-1)/\sqrt{G}$: 2.475 for G = 8, 3.75 for G = 16.
+    hydra makes it if `actor_rollout_ref.actor.policy_loss._target_` is `minicpgd.integrations.verl.CPGDLossConfig`.
+    Otherwise rows with drift use the defaults here. `drift_coef` is never "auto", because a loss in verl sees one
+    micro-batch and not the whole rollout.
 
     Raises:
         ConfigError: a field is wrong, or set where nothing reads it.
@@ -87,20 +73,17 @@ class CPGDLossConfig(PolicyLossConfig):
     def __post_init__(self) -> None:
         modes = [PREFIX + name for name in ALGORITHMS]
         with_drift = [PREFIX + name for name, row in ALGORITHMS.items() if row.drift]
-        coef, bound, level = self.drift_coef, self.drift_clip, self.importance_level
+        coef, clip, level = self.drift_coef, self.drift_clip, self.importance_level
         auto = "verl's losses see micro-batches, not the advantages of a rollout; set the largest |A|, which for 0/1 "
         auto += "rewards and std weights is (G-1)/sqrt(G): 2.475 for rollout.n=8, 3.75 for 16"
+        only = f"only these have a drift: {', '.join(with_drift)}"
         for name, right, wanted in (
-            ("loss_mode", self.loss_mode in modes, "read by our losses alone; " + _choice(self.loss_mode, modes)),
+            ("loss_mode", self.loss_mode in modes, f"only our losses read it; {_choice(self.loss_mode, modes)}"),
             ("drift_coef", coef != "auto", auto),
             ("drift_coef", _is_number(coef) and coef >= 0, "it has to be a number that is at least 0"),
-            ("drift_clip", _is_number(bound) and bound > 0, "it has to be a number above 0"),
+            ("drift_clip", _is_number(clip) and clip > 0, "it has to be a number above 0"),
             ("importance_level", level is None or level in LEVELS, _choice(level, LEVELS)),
-            (
-                "drift_coef",
-                coef == 1 or self.loss_mode in with_drift,
-                f"only these have a drift: {', '.join(with_drift)}",
-            ),
+            ("drift_coef", coef == 1 or self.loss_mode in with_drift, only),
         ):
             if not right:
                 raise ConfigError(f"policy_loss.{name} = {getattr(self, name)!r}: {wanted}")
@@ -116,10 +99,7 @@ def policy_loss(
     config: Mapping[str, Any] | None = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    r"""A row's loss under verl's signature for policy losses, on one micro-batch.
-
-    `rollout_is_weights` correct for a sampler that is not quite $\pi_{old}$, so they weigh the drift, an expectation
-    under $\pi_{old}$, like everything else.
+    r"""A row's loss on one micro-batch, with verl's signature for policy losses.
 
     Args:
         algorithm: the row.
@@ -128,18 +108,18 @@ def policy_loss(
         response_mask: (B, T), true or 1 for the policy's own tokens.
         loss_agg_mode: verl's name of an aggregation; verl also computes it.
         config: verl's actor configuration, a dataclass or a mapping.
-        rollout_is_weights: (B, T), or None.
+        rollout_is_weights: (B, T), corrections for a sampler that differs from $\pi_{old}$. They also weigh the drift,
+            which is an expectation under $\pi_{old}$.
 
     Returns:
-        A scalar, and metrics of this micro-batch; verl averages them over micro-batches. Source: as `Algorithm.loss`.
+        A scalar, and the metrics of this micro-batch, which verl averages. Source: see `Algorithm.loss`.
 
     Raises:
         ConfigError: no `config`, a setting that cannot be run, or advantages that differ within a response.
     """
     if config is None:
-        raise ConfigError(
-            f"{PREFIX}{algorithm.name} got no config: it reads the actor's clip_ratio_low and policy_loss"
-        )
+        reads = "it reads the actor's clip_ratio_low and policy_loss"
+        raise ConfigError(f"{PREFIX}{algorithm.name} got no config: {reads}")
     settings = _settings(algorithm, config.get("policy_loss") or {})
     epsilon, epsilon_high = _clip_ratios(algorithm, config)
     _check_aggregation(algorithm, loss_agg_mode, config)
@@ -158,9 +138,9 @@ def policy_loss(
 
 
 def token_weights(response_mask: Tensor, loss_agg_mode: str, config: Mapping[str, Any]) -> Tensor:
-    """What each token weighs in verl's own mean: over the global batch, divided as verl divides it among ranks.
+    """The weight of each token in verl's own mean over the global batch, which verl divides among ranks.
 
-    verl's `agg_loss` is linear in the matrix that it aggregates, so the weights are its gradient, whatever the mode.
+    verl's `agg_loss` is linear in the matrix that it aggregates, so its gradient has the weights, in every mode.
 
     Args:
         response_mask: (B, T), of one micro-batch.
@@ -170,7 +150,7 @@ def token_weights(response_mask: Tensor, loss_agg_mode: str, config: Mapping[str
     Returns:
         (B, T), 0 outside the mask.
     """
-    with torch.enable_grad():  # verl may ask for a loss where it wants no gradient
+    with torch.enable_grad():  # verl may switch gradients off.
         matrix = torch.zeros_like(response_mask, dtype=torch.float32, requires_grad=True)
         total = agg_loss(matrix, response_mask, loss_agg_mode, **(config.get("global_batch_info") or {}))
     return torch.autograd.grad(total, matrix)[0]
@@ -183,14 +163,14 @@ def advantage_estimator(
     index: np.ndarray | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A row's advantages under verl's signature for advantage estimators, on a whole rollout.
+    """A row's advantages for a whole rollout, with verl's signature for advantage estimators.
 
     Args:
         algorithm: the row.
         token_level_rewards: (B, T), any unit; a response's reward is their sum.
         response_mask: (B, T), 1 for the policy's own tokens.
-        index: (B,), what responses to one prompt share (verl's uid); they may stand anywhere in the batch.
-        config: verl's `algorithm` configuration; `advantage_weight` in it replaces the row's own.
+        index: (B,), verl's uid, which the responses to one prompt share; their order is free.
+        config: verl's `algorithm` configuration; its `advantage_weight` replaces the row's own.
 
     Returns:
         (B, T) twice: the advantages, 0 outside the mask, and the same as "returns", which only a critic would read.
@@ -198,81 +178,71 @@ def advantage_estimator(
     Raises:
         ConfigError: no uids, groups of different sizes, groups of one, or an unknown `advantage_weight`.
     """
-    asked = None if config is None else config.get("advantage_weight")
-    if asked is not None and asked not in WEIGHTS:
-        raise ConfigError(f"algorithm.advantage_weight = {asked!r}: {_choice(asked, WEIGHTS)}")
+    weight = None if config is None else config.get("advantage_weight")
+    if weight is not None and weight not in WEIGHTS:
+        raise ConfigError(f"algorithm.advantage_weight = {weight!r}: {_choice(weight, WEIGHTS)}")
     if index is None:
         raise ConfigError(f"{PREFIX}{algorithm.name} got no uid, which says what responses answer the same prompt")
     _, group, sizes = np.unique(index, return_inverse=True, return_counts=True)
     if sizes.min() != sizes.max():
         unequal = f"groups of {sizes.min()} to {sizes.max()} responses to a prompt"
         raise ConfigError(f"{PREFIX}{algorithm.name}: {unequal}; each has to have actor_rollout_ref.rollout.n")
-    row = algorithm.override(advantage_weight=asked)
+    row = algorithm.override(advantage_weight=weight)
     if sizes[0] == 1 and row.needs_groups:
         raise ConfigError(f"{PREFIX}{algorithm.name} compares responses: actor_rollout_ref.rollout.n has to be above 1")
     order = torch.as_tensor(np.argsort(group, kind="stable"), device=token_level_rewards.device)
     rewards, lengths = token_level_rewards.sum(dim=-1), response_mask.sum(dim=-1)
     grouped = (values[order].view(-1, sizes[0]) for values in (rewards, lengths))
-    in_place = torch.empty_like(rewards)
-    in_place[order] = row.advantages(*grouped).flatten()
-    advantages = in_place[:, None] * response_mask
+    per_response = torch.empty_like(rewards)
+    per_response[order] = row.advantages(*grouped).flatten()
+    advantages = per_response[:, None] * response_mask
     return advantages, advantages
 
 
-def _settings(algorithm: Algorithm, given: Mapping[str, Any]) -> CPGDLossConfig:
-    """Our fields, checked; a mapping, or verl's own PolicyLossConfig, may have none of them."""
-    if isinstance(given, CPGDLossConfig):
-        return given
-    names = [name for name in ("drift_coef", "drift_clip", "importance_level") if given.get(name) is not None]
-    return CPGDLossConfig(loss_mode=PREFIX + algorithm.name, **{name: given[name] for name in names})
+def _settings(algorithm: Algorithm, policy_loss: Mapping[str, Any]) -> CPGDLossConfig:
+    """Our fields, checked. A mapping, or verl's own PolicyLossConfig, may lack them."""
+    if isinstance(policy_loss, CPGDLossConfig):
+        return policy_loss
+    values = {name: policy_loss.get(name) for name in ("drift_coef", "drift_clip", "importance_level")}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    return CPGDLossConfig(loss_mode=PREFIX + algorithm.name, **given)
 
 
 def _clip_ratios(algorithm: Algorithm, config: Mapping[str, Any]) -> tuple[float, float]:
-    """The bounds in verl's config; `clip_ratio` stands in where one is null, as in verl's losses."""
-    low, high = (
-        next((e for e in (config.get(name), config.get("clip_ratio")) if e is not None), None)
-        for name in ("clip_ratio_low", "clip_ratio_high")
-    )
+    """The bounds in verl's config. If one is null, it is `clip_ratio`, as in verl's losses."""
+    names = ("clip_ratio_low", "clip_ratio_high")
+    low, high = (config.get("clip_ratio" if config.get(name) is None else name) for name in names)
     if low is None or high is None or not 0 < low < 1 or not high > 0:
         wanted = "ratios are clipped to [1 - low, 1 + high], so low lies between 0 and 1, and high above 0"
         raise ConfigError(f"{ACTOR}.clip_ratio_low = {low}, clip_ratio_high = {high}: {wanted}")
-    own = algorithm.epsilon_high
-    if own is not None and high != own:
-        _warn_once(f"{PREFIX}{algorithm.name} clips at 1 + {high}, as told; its own is {ACTOR}.clip_ratio_high={own}")
+    if algorithm.epsilon_high not in (None, high):
+        own = f"the row's own value is {ACTOR}.clip_ratio_high={algorithm.epsilon_high}"
+        _warn_once(f"{PREFIX}{algorithm.name} clips at 1 + {high}, because verl's configuration says so; {own}")
     return low, high
 
 
 def _check_aggregation(algorithm: Algorithm, loss_agg_mode: str, config: Mapping[str, Any]) -> None:
     name, own = PREFIX + algorithm.name, AGG_MODES[algorithm.aggregation]
     if loss_agg_mode != own:
-        _warn_once(f"{name} aggregates by {loss_agg_mode}, as told; its own is {ACTOR}.loss_agg_mode={own}")
+        row = f"the row's own mode is {ACTOR}.loss_agg_mode={own}"
+        _warn_once(f"{name} aggregates by {loss_agg_mode}, because verl's configuration says so; {row}")
     elif own == AGG_MODES[constant] and config.get("loss_scale_factor") is None:
-        _warn_once(
-            f"{name} divides by the longest response of each micro-batch; to divide by a constant: "
-            f"{ACTOR}.loss_scale_factor=<data.max_response_length>"
-        )
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    # Python's own "once" forgets whenever a library enters warnings.catch_warnings, and a loss is called often
-    warnings.warn(line, stacklevel=2)
+        flag = f"{ACTOR}.loss_scale_factor=<data.max_response_length>"
+        _warn_once(f"{name} divides by the longest response of each micro-batch; to divide by a constant: {flag}")
 
 
 def _one_per_response(advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """(B, T) advantages to (B,): that of each response's first token, after a look at the others."""
+    """(B, T) advantages to (B,): those of each response's first token, which all its tokens have to share."""
     mask = response_mask.bool()
     own = advantages.gather(1, mask.int().argmax(dim=1, keepdim=True))
     if not torch.allclose(torch.where(mask, advantages, own), own):
-        raise ConfigError(
-            "advantages differ within a response, and our losses take one for each: choose an estimator that gives "
-            "one, like algorithm.adv_estimator=minicpgd_cpgd"
-        )
+        wanted = "choose an estimator that gives one, like algorithm.adv_estimator=minicpgd_cpgd"
+        raise ConfigError(f"advantages differ within a response, and our losses take one for each: {wanted}")
     return own[:, 0]
 
 
 def _metrics(output: LossOutput) -> dict[str, float]:
-    """Two under verl's names, the others under ours; 0 where a micro-batch has no token, since verl counts them."""
+    """Two metrics with verl's names, the others with ours. Without tokens all are 0, because verl needs each name."""
     ours = dict.fromkeys(METRICS, 0.0) | token_metrics([output])
     theirs = {
         "actor/pg_clipfrac": ours["clip_frac_pos"] + ours["clip_frac_neg"],

@@ -1,7 +1,7 @@
-"""Memory: what fits on which card, predicted from a model's config without loading its weights.
+"""Memory: which settings fit on which card, predicted from a model's config without its weights.
 
-In: settings and an architecture. Out: bytes by moment and component. `simulate.py` runs the real code on tensors without
-numbers, `predict.py` adds what formulas say, and `fit.py` tries settings until they fit.
+In: settings and an architecture. Out: bytes by moment and component. `simulate.py` runs the real code on tensors
+without numbers, `predict.py` adds the formulas, and `fit.py` changes settings until they fit.
 """
 
 from minicpgd.memory.architectures import known_architectures, model_config

@@ -1,6 +1,7 @@
-"""A model's architecture, without its weights: layers, widths, heads, vocabulary.
+"""A model's architecture: layers, widths, heads and vocabulary, without weights.
 
-In: a name. Out: the config that transformers would build the model from.
+In: a model's name. Out: the config from which transformers builds the model. You may add models to
+`architectures.yaml`, and they then need no download.
 """
 
 from importlib.resources import files
@@ -14,7 +15,7 @@ from minicpgd.models.policy import NO_CODE, resolve_model
 
 
 def model_config(name: str) -> PretrainedConfig:
-    """A model's architecture: of a local folder, of a model known here, or from the hub's cache or the hub.
+    """The architecture of a local folder, of a model in `architectures.yaml`, or of a model on the hub.
 
     Raises:
         UserError: none of these has it.
@@ -28,16 +29,14 @@ def model_config(name: str) -> PretrainedConfig:
         return AutoConfig.for_model(**known[name])
     try:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else name, **NO_CODE)
-    except Exception as error:  # transformers raises its own kinds, and what a config of anybody's leads it to
+    except Exception as error:  # transformers and the config's own values raise many kinds.
         if folder.is_dir():
             raise UserError(f"model = {name!r}: its config.json cannot be used: {describe_error(error)}") from error
-        raise UserError(
-            f"model = {name!r}: no folder, not known here ({', '.join(known_architectures())}), and not to be had from "
-            f"the hub. One file is enough: `hf download {name} config.json --local-dir {folder.name}`, then --model "
-            f"{folder.name}"
-        ) from error
+        download = f"`hf download {name} config.json --local-dir {folder.name}`, then --model {folder.name}"
+        reason = f"no folder, not known here ({', '.join(known)}), and not to be had from the hub"
+        raise UserError(f"model = {name!r}: {reason}. One file is enough: {download}") from error
 
 
 def known_architectures() -> dict[str, dict]:
-    """Hub names to what their config.json says, for the models that need no download."""
+    """The content of config.json by hub name, for the models that need no download."""
     return yaml.safe_load((files("minicpgd") / "memory" / "architectures.yaml").read_text())

@@ -1,15 +1,15 @@
-r"""What fits on which card: where the memory of a training step goes, from a model's config alone.
+r"""What a training step needs: bytes of memory, predicted from a model's config.
 
-Memory may be at its most at eight moments. In a rollout, or an evaluation: the prompts are read, a token is computed by
-all layers, a token is drawn. In an update: the loss is computed; gradients flow back through the output layer, through
-the last layer while all activations are still there, and through the first when all gradients are; the optimizer steps.
-Each moment needs its own mixture of the same components; the largest decides whether a run fits.
+Memory can be at its largest at eight moments. A rollout, or an evaluation, reads the prompts, computes a token in all
+layers, and draws it. An update computes the loss. Gradients then flow through the output layer, through the last layer
+while all activations exist, and through the first layer when all gradients exist; then the optimizer steps. Each moment
+needs its own components, and the largest sum decides whether a run fits.
 
-Components with a formula stand below, one function each. The two that hang on how a library writes its layers, the
-activations and what one layer needs while it works, are rehearsed with the real code (`simulate.py`).
+Most components have a formula and a function here. The activations, and what one layer needs while it computes, depend
+on the code of a library, so `simulate.py` runs that code.
 
-In: settings, an architecture. Out: bytes by moment and component. No weights are loaded, hardly a byte is allocated.
-Everything is predicted for the worst case: every response as long as it may be, and some prompts padded.
+In: settings and an architecture. Out: bytes by moment and component. No weights are loaded. The prediction is for the
+worst case: every response has the largest length, and some prompts are padded. You may change what is assumed.
 """
 
 import functools
@@ -36,19 +36,19 @@ COMPONENTS = {
     "KV cache": "keys and values of all tokens so far",
     "activations": "kept for the backward pass",
     "logits": "one number per token and word, several times over",
-    "one layer": "what the layer at work needs for itself",
-    "dequantised": "the largest 4-bit matrix, unpacked to be multiplied with",
+    "one layer": "temporary tensors of the layer that computes",
+    "dequantised": "the largest 4-bit matrix, unpacked for its product",
 }
 GIB = 2**30
 PROMPT_LENGTH = 300  # tokens; a long problem of gsm8k in a chat template has about 250
-TABLES = 4 * (16 + 256 + 1)  # NF4's 16 values, the 256 of the scales' 8 bits, and the scales' mean
-ASSUMED_CONTEXT = 0.6 * GIB  # assumed, not measured: what CUDA and its libraries take for themselves
-ASSUMED_SLACK = 0.1  # assumed, not measured: of what comes and goes, lost between blocks of the allocator
+TABLES = 4 * (16 + 256 + 1)  # bytes: NF4's 16 values, the 256 values of 8-bit scales, and the mean of the scales
+ASSUMED_CONTEXT = 0.6 * GIB  # bytes of CUDA and its libraries; nobody measured them
+ASSUMED_SLACK = 0.1  # share of memory lost between the allocator's blocks; nobody measured it
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by moment and component; `assumed` is for a card's context and allocator, and nobody measured it."""
+    """Bytes by moment and component; `assumed` bytes, for a card's context and allocator, have not been measured."""
 
     moments: dict[str, dict[str, int]]
     assumed: int = 0
@@ -74,21 +74,19 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Bytes in all, what is assumed included."""
+        """Bytes in all, with the assumed ones."""
         return self.total(self.worst) + self.assumed
 
 
 def weights(shape: PreTrainedModel, four_bit: bool) -> int:
-    r"""Frozen or not, without the adapter.
+    r"""Bytes of the weights without an adapter.
 
-    Unquantised, every number takes its dtype's bytes. In NF4 the matrices $W$ of the layers take half a byte a number,
-    each block of 64 a scale of one byte, each 256 of those a scale of four, and each matrix two tables. Embeddings,
-    norms, biases and the output layer are not quantised.
+    Each number has the size of its dtype. In NF4 a matrix $W$ of a layer needs half a byte per number, one byte for the
+    scale of each 64 numbers, four bytes for each 256 scales, and two tables. Embeddings, norms, biases and the output
+    layer are not quantised.
     """
     adapted = hasattr(shape, "peft_config")
-    sizes: dict[Tensor, int] = {
-        p: p.numel() * p.element_size() for p in shape.parameters() if not (adapted and p.requires_grad)
-    }
+    sizes: dict[Tensor, int] = {p: p.nbytes for p in shape.parameters() if not (adapted and p.requires_grad)}
     for matrix in _quantised(shape) if four_bit else ():
         blocks = math.ceil(matrix.numel() / 64)
         sizes[matrix] = math.ceil(matrix.numel() / 2) + blocks + 4 * math.ceil(blocks / 256) + TABLES
@@ -96,35 +94,35 @@ def weights(shape: PreTrainedModel, four_bit: bool) -> int:
 
 
 def trained(shape: PreTrainedModel) -> int:
-    """Bytes of what has gradients: the adapter, or all of the model. Its gradients take as many."""
-    return sum(p.numel() * p.element_size() for p in shape.parameters() if p.requires_grad)
+    """Bytes of the trained parameters, an adapter's or all. Their gradients have the same size."""
+    return sum(p.nbytes for p in shape.parameters() if p.requires_grad)
 
 
 def optimizer(shape: PreTrainedModel, eight_bit: bool) -> int:
-    r"""Adam's two moments of each trained number, and a step counter of each tensor.
+    r"""Bytes of Adam: two moments of each trained number, and a step counter of each tensor.
 
-    In 8 bit they take a byte each, and each 256 of them a scale of four; bitsandbytes leaves tensors of fewer than 4096
-    numbers in 32 bit.
+    In 8 bit a moment needs one byte, and each 256 moments a scale of four. bitsandbytes keeps the moments of a tensor
+    with fewer than 4096 numbers in 32 bit.
     """
     tensors = [p for p in shape.parameters() if p.requires_grad]
     if not eight_bit:
-        return sum(2 * p.numel() * p.element_size() + 4 for p in tensors)
+        return sum(2 * p.nbytes + 4 for p in tensors)
     return 2 * sum(4 * n if (n := p.numel()) < 4096 else n + 4 * math.ceil(n / 256) for p in tensors)
 
 
 def gradients(shape: PreTrainedModel, first: bool, chunked: bool) -> dict[str, int]:
-    r"""Of what is trained, at the moments of the update: none before its first backward pass, all after it.
+    r"""Bytes of the gradients at the moments of an update: none before its first backward pass, and all after it.
 
-    Where the output layer is trained, too, its gradient of $V \times H$ numbers is collected over the chunks of the
-    loss: the sum so far, and what the next chunk adds. Where the embeddings share its weights, it waits for theirs;
-    then both and their sum are there at once.
+    If the output layer is trained, its gradient of $V \times H$ numbers is a sum over the chunks of the loss, to which
+    each chunk adds its own. If the embeddings share its weights, this gradient waits for theirs; then both exist beside
+    their sum.
 
     Args:
-        first: the update makes only one backward pass, so none are there from before.
+        first: the update makes one backward pass, so there are no gradients of an earlier one.
         chunked: the loss is computed in more than one chunk.
     """
     total, matrix = trained(shape), shape.get_output_embeddings().weight
-    own = matrix.numel() * matrix.element_size() if matrix.requires_grad else 0
+    own = matrix.nbytes if matrix.requires_grad else 0
     waits, before = matrix is shape.get_input_embeddings().weight, 0 if first else total
     return {
         "loss": before + own * chunked,
@@ -136,9 +134,10 @@ def gradients(shape: PreTrainedModel, first: bool, chunked: bool) -> dict[str, i
 
 
 def kv_cache(architecture: PretrainedConfig, rows: int, length: int, itemsize: int) -> int:
-    r"""$2 \cdot \text{rows} \cdot \text{length} \cdot \text{heads}_{kv} \cdot \text{head size}$ numbers a layer.
+    r"""Bytes of all keys and values.
 
-    `length` is in tokens, the result in bytes. A layer that looks back through a window keeps no more than that.
+    A layer has $2 \cdot \text{rows} \cdot \text{length} \cdot \text{heads}_{kv} \cdot \text{head size}$ numbers, where
+    `length` is in tokens. A layer with a sliding window keeps only the tokens in its window.
     """
     text = architecture.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -148,10 +147,10 @@ def kv_cache(architecture: PretrainedConfig, rows: int, length: int, itemsize: i
 
 
 def logits_scored(tokens: int, architecture: PretrainedConfig, itemsize: int) -> int:
-    r"""Logits of the tokens scored at once, as often as `logprobs.py` holds them at its worst.
+    r"""Bytes of the logits of the tokens that `logprobs.py` scores at once, at its largest moment.
 
-    As the model gives them, in its own dtype; divided by the temperature, as log-probabilities, and for the entropy
-    $-\sum p \log p$ as $p$, as $\log p$ without infinities and as their product: five times in float32. A softcap adds
+    They exist once in the model's dtype, and five times in float32: divided by the temperature, as log-probabilities,
+    and, for the entropy $-\sum p \log p$, as $p$, as $\log p$ without infinities, and as their product. A softcap adds
     two in the model's dtype.
     """
     text = architecture.get_text_config()
@@ -160,27 +159,26 @@ def logits_scored(tokens: int, architecture: PretrainedConfig, itemsize: int) ->
 
 
 def logits_drawn(rows: int, words: int) -> int:
-    """Of one token per row, five times in float32 as above; the model's own are gone by then."""
+    """Bytes of the logits of one token per row: five times in float32 as above, when the model's own are freed."""
     return 5 * 4 * rows * words
 
 
 def dequantised(shape: PreTrainedModel, four_bit: bool) -> int:
-    """The largest 4-bit matrix in the dtype of the arithmetic, and its scales in float32: one matrix at a time."""
-    sizes = [m.numel() * m.element_size() + 4 * math.ceil(m.numel() / 64) for m in _quantised(shape)]
-    return max(sizes) if four_bit else 0
+    """Bytes of the largest 4-bit matrix in the dtype of the arithmetic, and of its float32 scales."""
+    return max(m.nbytes + 4 * math.ceil(m.numel() / 64) for m in _quantised(shape)) if four_bit else 0
 
 
 def predict(config: TrainConfig, architecture: PretrainedConfig, *, prompt_length: int, device: str = "cuda") -> Memory:
-    """Bytes by moment and component.
+    """Predict the bytes by moment and component.
 
     Args:
-        config: the settings.
-        architecture: of the model, from `model_config`.
+        architecture: the model's, from `model_config`.
         prompt_length: P, tokens of the longest prompt; all others are padded to it.
-        device: cuda or cpu; decides what `auto` means for dtype and optimizer, and on cuda adds what is assumed.
+        device: cuda or cpu. It decides what `auto` means for dtype and optimizer, and cuda adds the assumed bytes.
     """
     adapted, on_card = config.lora_r > 0, device == "cuda"
-    dtype = _dtype(config, on_card)
+    auto = torch.bfloat16 if adapted and on_card else torch.float32  # as in `choose_dtype`; float16 has the same size
+    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     size = dtype.itemsize
     shape = simulate.shape_of(architecture, config, dtype)
     eight_bit = config.optim == "paged_adamw_8bit" or (config.optim == "auto" and adapted and on_card)
@@ -191,37 +189,30 @@ def predict(config: TrainConfig, architecture: PretrainedConfig, *, prompt_lengt
         "adapter": trained(shape) if adapted else 0,
         "optimizer": optimizer(shape, eight_bit),
     }
-    rows, asked, length = *rollout_batch(config), prompt_length + config.max_completion_length
-    some, scored = micro_batch(config, length)
+    length = prompt_length + config.max_completion_length
+    (rows, prompts), (batch, scored) = rollout_batch(config), micro_batch(config, length)
     words = shape.get_output_embeddings().weight.shape[0]
-    at_once = min(scored, config.chunk_size or max(1, LOGITS_AT_ONCE // words))
-    one_pass = some == config.num_responses // config.num_minibatches
+    chunk = min(scored, config.chunk_size or max(1, LOGITS_AT_ONCE // words))
+    one_pass = batch == config.num_responses // config.num_minibatches
 
+    reading = simulate.prompt(architecture, config, dtype, prompts, prompt_length)
     token = simulate.token(architecture, config, dtype, rows, length)
-    update = simulate.update(architecture, config, dtype, some, length)
-    working, layers = update.peak - update.kept, architecture.get_text_config().num_hidden_layers
-    unpacked = dequantised(shape, config.load_in_4bit)
-    cache = kv_cache(architecture, rows, length, size)
+    update = simulate.update(architecture, config, dtype, batch, length)
+    unpacked = {"dequantised": dequantised(shape, config.load_in_4bit)}
+    cache, activations = {"KV cache": kv_cache(architecture, rows, length, size)}, {"activations": update.kept}
+    layer = {"one layer": update.peak - update.kept, **unpacked}
+    first_activations = update.kept // architecture.get_text_config().num_hidden_layers
     moments: dict[str, dict[str, int]] = {
-        "prompt": {
-            "KV cache": kv_cache(architecture, asked, prompt_length, size),
-            "one layer": simulate.prompt(architecture, config, dtype, asked, prompt_length),
-            "dequantised": unpacked,
-        },
-        "token": {
-            "KV cache": cache,
-            "logits": 4 * rows * words,  # of the token before
-            "one layer": token.peak - token.kept,
-            "dequantised": unpacked,
-        },
-        "draw": {"KV cache": cache, "logits": logits_drawn(rows, words)},
-        "loss": {"activations": update.kept, "logits": logits_scored(at_once, architecture, size)},
-        "output": {"activations": update.kept, "logits": 4 * at_once * words},  # their gradient
-        "last layer": {"activations": update.kept, "one layer": working, "dequantised": unpacked},
-        "first layer": {"activations": update.kept // layers, "one layer": working, "dequantised": unpacked},
+        "prompt": {"KV cache": kv_cache(architecture, prompts, prompt_length, size), "one layer": reading, **unpacked},
+        "token": {"logits": 4 * rows * words, "one layer": token.peak - token.kept, **cache, **unpacked},
+        "draw": {"logits": logits_drawn(rows, words), **cache},
+        "loss": {"logits": logits_scored(chunk, architecture, size), **activations},
+        "output": {"logits": 4 * chunk * words, **activations},  # the gradient of the logits
+        "last layer": {**layer, **activations},
+        "first layer": {**layer, "activations": first_activations},
         "step": {},
     }
-    for moment, total in gradients(shape, first=one_pass, chunked=at_once < scored).items():
+    for moment, total in gradients(shape, first=one_pass, chunked=chunk < scored).items():
         moments[moment]["gradients"] = total
     worst = max(sum(own.values()) for own in moments.values())
     full = {moment: {name: (always | own).get(name, 0) for name in COMPONENTS} for moment, own in moments.items()}
@@ -230,7 +221,7 @@ def predict(config: TrainConfig, architecture: PretrainedConfig, *, prompt_lengt
 
 @functools.cache
 def predict_recipe(name: str) -> Memory:
-    """What a recipe is predicted to need on a card.
+    """Predict what a recipe needs on a card.
 
     Raises:
         ConfigError: there is no such recipe.
@@ -247,20 +238,13 @@ def rollout_batch(config: TrainConfig) -> tuple[int, int]:
 
 
 def micro_batch(config: TrainConfig, length: int) -> tuple[int, int]:
-    """Responses of `length` tokens, prompt included, in a forward pass of the update, and how many tokens it scores."""
+    """Responses in a forward pass of the update, and tokens scored there; `length` is in tokens, with the prompt."""
     rows = config.num_responses // config.num_minibatches
     rows = min(rows, config.micro_batch_size or rows, max(1, (config.micro_batch_tokens or rows * length) // length))
     return rows, rows * config.max_completion_length
 
 
-def _dtype(config: TrainConfig, on_card: bool) -> torch.dtype:
-    """`auto` as in `qlora.choose_dtype`, for a card that has bfloat16; float16 takes as many bytes."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    return torch.bfloat16 if config.lora_r and on_card else torch.float32
-
-
 def _quantised(shape: PreTrainedModel) -> list[Tensor]:
-    """The matrices that 4 bit is for: of the frozen linear layers, without the output layer."""
+    """The matrices that 4 bit quantises: those of frozen linear layers, without the output layer."""
     linear = [m for m in shape.modules() if isinstance(m, nn.Linear) and m is not shape.get_output_embeddings()]
     return [layer.weight for layer in linear if not layer.weight.requires_grad]

@@ -10,8 +10,10 @@ pass. (B, T, V) never exists.
 In: a model, token ids and a mask, (B, P + T). Out: log-probabilities and entropies, (B, T) each, in nats.
 """
 
+from functools import partial
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -26,32 +28,28 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Score the last `completion_length` tokens of each row.
+    """Score the last T = `completion_length` tokens of each row.
 
     Args:
-        model: a causal LM of transformers.
         input_ids: (B, P + T), left-padded prompts followed by right-padded completions.
         attention_mask: (B, P + T), 1 for real tokens.
-        completion_length: T.
-        temperature: the tokens were sampled with it; logits are divided by it.
+        temperature: the one that the tokens were sampled with; the logits are divided by it.
         chunk_size: tokens whose logits exist at once; None for as many as make 64 MiB.
 
     Returns:
-        (logp, entropy), each (B, T) in nats. Both are float32, because in bfloat16 the on-policy ratio would differ from
-        1. The entropy carries no gradient. Values at padding are finite and mean nothing.
+        (logp, entropy), each (B, T) in nats. Both are float32: in bfloat16 the on-policy ratio would differ from 1. The
+        entropy carries no gradient. Values at padding are finite and mean nothing.
     """
     hidden = model.get_decoder()(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
     ).last_hidden_state[:, -completion_length - 1 : -1]
     targets = input_ids[:, -completion_length:]
-    head = _Head(model, temperature)
+    head = partial(_score, model, temperature)
     chunk_size = chunk_size or max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
     if targets.numel() <= chunk_size:
         return head(hidden, targets)
-    pieces = [
-        checkpoint(head, h, y, use_reentrant=False)
-        for h, y in zip(hidden.flatten(0, 1).split(chunk_size), targets.flatten().split(chunk_size), strict=True)
-    ]
+    chunks = zip(hidden.flatten(0, 1).split(chunk_size), targets.flatten().split(chunk_size), strict=True)
+    pieces = [checkpoint(head, h, y, use_reentrant=False) for h, y in chunks]
     logp, entropy = (torch.cat(column).view_as(targets) for column in zip(*pieces, strict=True))
     return logp, entropy
 
@@ -71,17 +69,10 @@ def logp_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logp, entropy
 
 
-class _Head(nn.Module):
+def _score(model: PreTrainedModel, temperature: float, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states and token ids to log-probabilities and entropies, through the model's own output layer."""
-
-    def __init__(self, model: PreTrainedModel, temperature: float):
-        super().__init__()
-        self.output, self.temperature = model.get_output_embeddings(), temperature
-        text_config = model.config.get_text_config()
-        self.softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma caps its logits.
-
-    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.output(hidden)
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logp_and_entropy(logits.float() / self.temperature, targets)
+    logits = model.get_output_embeddings()(hidden)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma caps its logits.
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logp_and_entropy(logits.float() / temperature, targets)

@@ -10,8 +10,7 @@ $(r, \mathrm{in})$, drawn at random; $B$ is $(\mathrm{out}, r)$ and 0 at the sta
 it was (Hu et al., arXiv 2106.09685, equation 3). Only $A$ and $B$ have gradients and moments. Leaving $BAx$ out gives
 the model that training started from: the reference of a KL costs no memory.
 
-In: a model, and the rank of an adapter. Out: a model of which only the adapter can be trained. The packages behind it,
-PEFT, bitsandbytes and accelerate, are the extra `qlora`. They are imported only when they are needed.
+In: a model, and an adapter's rank. Out: a model of which only the adapter can be trained. It needs the extra `qlora`.
 """
 
 import warnings
@@ -61,20 +60,13 @@ def check_4bit_widths(model: nn.Module) -> None:
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and module.weight.device.type == "cpu" and module.in_features % state.blocksize:
-            raise UserError(
-                f"load_in_4bit: on a CPU the width of a layer has to be a multiple of {state.blocksize}, and {name} is "
-                f"{module.in_features}; train it without 4 bit, or on a GPU"
-            )
+            rule = f"on a CPU the width of a layer has to be a multiple of {state.blocksize}"
+            advice = "train it without 4 bit, or on a GPU"
+            raise UserError(f"load_in_4bit: {rule}, and {name} is {module.in_features}; {advice}")
 
 
 def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
-    """Freeze a model and put a LoRA adapter on its layers, in float32 and without dropout.
-
-    Args:
-        settings: `lora_r`, `lora_alpha` and `lora_target_modules`; `seed` decides A.
-
-    Returns:
-        A `peft.PeftModel`, which behaves like the model that it wraps.
+    """Freeze a model and put a LoRA adapter on its layers, in float32 and without dropout. The `seed` decides A.
 
     Raises:
         ConfigError: the extra is not installed, or there are no such layers.
@@ -92,9 +84,8 @@ def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedMo
     except ValueError as error:
         linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         linear.discard("lm_head")  # Its weights are often those of the embeddings, and then it cannot be merged.
-        raise ConfigError(
-            f"lora_target_modules = {wanted!r}: choose all-linear, or from {', '.join(sorted(linear))}"
-        ) from error
+        choices = ", ".join(sorted(linear))
+        raise ConfigError(f"lora_target_modules = {wanted!r}: choose all-linear, or from {choices}") from error
 
 
 def load_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:

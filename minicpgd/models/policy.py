@@ -30,7 +30,7 @@ NO_CODE = {"trust_remote_code": False}  # With None, transformers would ask on t
 
 
 def quiet() -> None:
-    """Switch off the progress bars and warnings of transformers and of the hub's client, for programs with their own."""
+    """Switch off the progress bars and warnings of transformers and the hub's client, for programs with their own."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
@@ -51,17 +51,13 @@ def _no_progress_bars() -> Iterator[None]:
 
 @dataclass
 class Policy:
-    """A model and its tokenizer.
-
-    `frozen_copy` is the model as it was loaded, where `reference` needs it. `dtype_in_words` names the dtype of the
-    arithmetic and the reason for it.
-    """
+    """A model and its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    frozen_copy: PreTrainedModel | None = None
+    frozen_copy: PreTrainedModel | None = None  # This is the model as it was loaded, if `reference` needs it.
     chat_template: bool = True
-    dtype_in_words: str = "float32"
+    dtype_in_words: str = "float32"  # This names the dtype of the arithmetic, and the reason for it.
 
     @property
     def device(self) -> torch.device:
@@ -121,9 +117,8 @@ class Policy:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # A template is a program of the model's, in a sandbox.
-            raise UserError(
-                f"the model's chat template: {describe_error(error)}; --no-chat-template switches it off"
-            ) from error
+            reason = describe_error(error)
+            raise UserError(f"the model's chat template: {reason}; --no-chat-template switches it off") from error
 
     def tokens(self, completion_ids: Tensor, lengths: Tensor) -> list[list[str]]:
         """(B, T) ids and (B,) lengths to B lists of tokens as text, with special tokens."""
@@ -134,13 +129,9 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write a folder that transformers can load, or PEFT if it is an adapter. The whole folder appears at once."""
         temporary = folder.with_name(f".{folder.name}.tmp")
-        if self.peft:
-            self.model.save_pretrained(
-                temporary, save_embedding_layers=False
-            )  # Otherwise PEFT asks the hub about them.
-            (temporary / "README.md").unlink(missing_ok=True)  # It is an empty form.
-        else:
-            self.model.save_pretrained(temporary)
+        options: dict[str, Any] = {"save_embedding_layers": False} if self.peft else {}  # Else PEFT asks the hub.
+        self.model.save_pretrained(temporary, **options)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT writes an empty form.
         self.tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -154,13 +145,11 @@ def load_policy(
     Args:
         model: "embedded" (no download), a folder with config, weights and tokenizer, or a name on the model hub; or the
             settings of one, such as a `TrainConfig`.
-        with_reference: also keep the model as it is now, for `beta`. With an adapter this costs nothing; without one it
-            is a frozen copy.
+        with_reference: also keep what `Policy.reference` yields; without an adapter that is a frozen copy.
         adapter: a folder with a saved adapter, to use on the model in place of a new one. It is frozen.
 
     Raises:
-        UserError: the folder has no config or no weights, the name is neither a folder nor available from the hub, or
-            an extra package is missing.
+        UserError: the model or its adapter cannot be loaded, or an extra package is missing.
     """
     settings = model if isinstance(model, ModelSettings) else ModelSettings(model=model)
     source = resolve_model(settings.model)
@@ -191,17 +180,14 @@ def load_policy(
 
 
 @_no_progress_bars()
-def _from_safetensors(
-    source: str, attn_implementation: str, **loading: Any
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _from_safetensors(source: str, attn_implementation: str, **loading: Any) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
     if attn_implementation != "auto":
         loading["attn_implementation"] = attn_implementation
     elif getattr(AutoConfig.from_pretrained(source, **NO_CODE), "attn_logit_softcapping", None):
         loading["attn_implementation"] = "eager"  # Gemma 2 caps its attention scores, and sdpa would leave that out.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, use_safetensors=True, output_loading_info=True, **NO_CODE, **loading
-    )
+    options = loading | NO_CODE | {"use_safetensors": True, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     model, info = loaded
     if missing := info["missing_keys"]:  # transformers has drawn these weights at random.
         raise ValueError(f"its weights have no {min(missing)}")
@@ -214,11 +200,7 @@ def resolve_model(name: str) -> str:
 
 
 def check_model_folder(source: str, name: str) -> None:
-    """Check what a folder contains before transformers does, whose messages are long.
-
-    Args:
-        source: a folder, or a name on the model hub.
-        name: the user's name for it.
+    """Check the folder `source`, which the user calls `name`, before transformers does: its messages are long.
 
     Raises:
         UserError: the folder does not exist, or has no config, weights or tokenizer.
@@ -226,10 +208,9 @@ def check_model_folder(source: str, name: str) -> None:
     folder = Path(source)
     if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
         raise UserError(f"model = {name!r}: there is no such folder")  # Do not ask a hub for a mistyped path.
-    if folder.is_dir():
-        for pattern, content in (("config.json", "config"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
-            if not list(folder.glob(pattern)):
-                raise UserError(f"model = {name!r}: the folder has no {content}; {pattern} is needed")
+    for pattern, content in (("config.json", "config"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
+        if folder.is_dir() and not list(folder.glob(pattern)):
+            raise UserError(f"model = {name!r}: the folder has no {content}; {pattern} is needed")
 
 
 def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
@@ -241,11 +222,9 @@ def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
         return f"model = {name!r}: it needs Python code of its own, which is never run here; choose another model"
     if Path(resolve_model(name)).is_dir():
         return f"model = {name!r}: cannot be loaded: {first_line}"
-    return (
-        f"model = {name!r}: neither a local folder nor in this machine's cache, and the hub does not answer or does "
-        f"not have it. With a network: `hf download {name} --local-dir {Path(name).name}`, then "
-        f"`--model {Path(name).name}` ({first_line})"
-    )
+    reason = "neither a local folder nor in this machine's cache, and the hub does not answer or does not have it"
+    download = f"`hf download {name} --local-dir {Path(name).name}`, then `--model {Path(name).name}`"
+    return f"model = {name!r}: {reason}. With a network: {download} ({first_line})"
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -5,26 +5,24 @@ the extra `qlora` are imported here, only when they are needed.
 """
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from minicpgd.config import TrainConfig
 from minicpgd.errors import MissingPackageError
 
 LOSS_SCALE = 2.0**12  # float16 has no number below 6e-8, and gradients can be smaller.
-SMALL_MODEL = 10**6  # parameters
+SMALL_MODEL = 10**6  # A small model has fewer parameters.
 
 
 def choose_dtype(wanted: str, *, adapter: bool, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of frozen weights and of the arithmetic, and the reason in words.
+    """The dtype of frozen weights and of the arithmetic, and the reason in words. Trained weights are float32.
 
-    Args:
-        wanted: "auto", or a dtype's name.
-        adapter: whether the weights are frozen; weights that are trained are float32.
+    `wanted` is "auto" or the name of a dtype. `adapter` says that the weights are frozen.
     """
     if wanted != "auto":
         return getattr(torch, wanted), "as asked"
@@ -34,10 +32,9 @@ def choose_dtype(wanted: str, *, adapter: bool, device: torch.device) -> tuple[t
         return torch.float32, "on a CPU it is the fastest"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the card supports it"
-    return torch.float16, (
-        f"{torch.cuda.get_device_name()} has no bfloat16; log-probabilities are float32 all the same, and the loss is "
-        f"scaled by {LOSS_SCALE:.0f} so that small gradients survive"
-    )
+    scaling = f"the loss is scaled by {LOSS_SCALE:.0f} so that small gradients survive"
+    name = torch.cuda.get_device_name()
+    return torch.float16, f"{name} has no bfloat16; log-probabilities are float32 all the same, and {scaling}"
 
 
 @contextmanager
@@ -62,20 +59,15 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def make_optimizer(
-    name: str, parameters: Iterable[Tensor], learning_rate: float, *, adapter: bool, device: torch.device
-) -> torch.optim.Optimizer:
-    """AdamW (0.9, 0.999) without weight decay; `paged_adamw_8bit` keeps moments in 8 bit, and pages them on a GPU.
-
-    Args:
-        name: "adamw", "paged_adamw_8bit", or "auto": the second for an adapter on a GPU, else the first.
-        parameters: the trained tensors, of any shape.
-    """
-    if name == "paged_adamw_8bit" or (name == "auto" and adapter and device.type == "cuda"):
+def make_optimizer(config: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """AdamW without weight decay, for the trained parameters of a model. `paged_adamw_8bit` keeps moments in 8 bit."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_card = model.device.type == "cuda"
+    if config.optim == "paged_adamw_8bit" or (config.optim == "auto" and config.lora_r and on_card):
         bnb = import_extra("bitsandbytes")
-        kind = bnb.optim.PagedAdamW8bit if device.type == "cuda" else bnb.optim.AdamW8bit  # A CPU cannot page.
-        return kind(parameters, lr=learning_rate, weight_decay=0.0)
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+        kind = bnb.optim.PagedAdamW8bit if on_card else bnb.optim.AdamW8bit  # A CPU cannot page.
+        return kind(trained, lr=config.learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
 
 
 def import_extra(package: str) -> ModuleType:
@@ -87,5 +79,5 @@ def import_extra(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        install = "pip install 'minicpgd[qlora]'"
-        raise MissingPackageError(f"4-bit weights and LoRA need {package}: {install} ({error})") from error
+        message = f"4-bit weights and LoRA need {package}: pip install 'minicpgd[qlora]' ({error})"
+        raise MissingPackageError(message) from error

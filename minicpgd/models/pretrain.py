@@ -17,16 +17,17 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minicpgd.config import SamplingSettings
 from minicpgd.models.policy import EMBEDDED, Policy
 from minicpgd.models.sampling import generate
 from minicpgd.tasks.task import get_task
 
 CHARACTERS = "0123456789+-*=,#"
 STEPS, BATCH, LEARNING_RATE = 750, 256, 2e-3
-SECOND_PHASE, WORKED_SHARE = 0.67, 0.17  # when the second phase begins, and its share of worked answers
+SECOND_PHASE, WORKED_SHARE = 0.67, 0.17  # These are its start, and the share of worked answers in it.
 
 
 @dataclass(frozen=True)
@@ -45,47 +46,32 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()  # Otherwise decoding puts spaces between the characters.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
-    )
+    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
     """A Llama with two layers of width 64 and 107,968 parameters, drawn from the seed."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(CHARACTERS) + 2,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    )
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True,
+        vocab_size=len(CHARACTERS) + 2, pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=256,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def pretrain(
     folder: Path, *, seed: int = 0, steps: int = STEPS, on_step: Callable[[int, float], None] = lambda step, loss: None
 ) -> Policy:
-    """Teach a fresh model, and save it.
+    """Teach a fresh model, and save it with its tokenizer.
 
-    Args:
-        folder: where weights and tokenizer go.
-        seed: decides the initial weights and every example.
-        steps: optimizer steps of 256 examples.
-        on_step: called with the step and its loss, in nats per token.
+    The `seed` decides the initial weights and every example. Each of the `steps` has 256 examples. `on_step` is called
+    with the number of the step and its loss, in nats per token.
     """
     policy, rng = Policy(make_model(seed), make_tokenizer()), random.Random(seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     second_phase = round(SECOND_PHASE * steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (steps - second_phase))
-    )
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (steps - second_phase)))
     for step in range(1, steps + 1):
         ids, labels = _examples(policy, rng, 1.0 if step <= second_phase else WORKED_SHARE)
         logits = policy.model(input_ids=ids).logits  # The model is causal, so no real token sees the padding.
@@ -101,17 +87,14 @@ def pretrain(
 
 
 def _examples(policy: Policy, rng: random.Random, worked_share: float) -> tuple[Tensor, Tensor]:
-    """(BATCH, L) right-padded ids and labels; the labels of prompts and padding are -100, which cross_entropy ignores."""
+    """(BATCH, L) right-padded ids and labels; the labels of prompts and padding are -100, which the loss ignores."""
     problems = get_task("chain_arithmetic").sample(BATCH, rng)
     responses = [p["worked"] if rng.random() < worked_share else "#" + p["answer"] for p in problems]
     prompts = policy.tokenizer([p["prompt"] for p in problems])["input_ids"]
     answers = [[*row, policy.tokenizer.eos_token_id] for row in policy.tokenizer(responses)["input_ids"]]
-    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids, labels = torch.zeros(BATCH, longest, dtype=torch.long), torch.full((BATCH, longest), -100)
-    for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-        labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
-    return ids, labels
+    ids = [torch.tensor(p + a) for p, a in zip(prompts, answers, strict=True)]
+    labels = [torch.tensor([-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
+    return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
 def measure(policy: Policy, num_problems: int = 1024, seed: int = 0) -> Measured:
@@ -119,9 +102,7 @@ def measure(policy: Policy, num_problems: int = 1024, seed: int = 0) -> Measured
     task = get_task("chain_arithmetic")
     problems = task.held_out(num_problems, seed)
     prompts = [problem["prompt"] for problem in problems]
-    rollout = generate(
-        policy, prompts, 1, SamplingSettings(), generator=torch.Generator(policy.device).manual_seed(seed)
-    )
+    rollout = generate(policy, prompts, 1, generator=torch.Generator(policy.device).manual_seed(seed))
     right = [task.is_correct(p, c) for p, c in zip(problems, rollout.completions, strict=True)]
     worked = ["=" in c for c in rollout.completions]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from minicpgd.config import SamplingSettings
@@ -45,16 +45,13 @@ class Rollout:
         return ids, mask, longest
 
     def micro_batches(self, rows: Tensor, size: int | None, tokens: int | None) -> list[Tensor]:
-        """Split a minibatch into parts that fit in memory.
+        """Split a minibatch into parts that fit in memory: indices into `rows`, each of them once.
 
         Args:
             rows: (b,) indices of responses.
             size: the largest number of responses in a part.
             tokens: the largest number of tokens in a part, with prompts and padding. Rows of similar length then go
                 together, the longest first. A response that is longer goes alone.
-
-        Returns:
-            Indices into `rows`; each row is in one part.
         """
         if tokens is None:
             return list(torch.arange(len(rows), device=rows.device).split(size or len(rows)))
@@ -79,9 +76,7 @@ class Rollout:
     ) -> Tensor:
         """The log-probabilities of these tokens under a model: (B, T) in nats, 0 at padding.
 
-        Args:
-            size, tokens: see `micro_batches`.
-            temperature, chunk_size: see `token_logprobs`.
+        `micro_batches` explains `size` and `tokens`, and `token_logprobs` the other arguments.
         """
         scored = torch.zeros_like(self.logp)
         with one_thread_if_small(model):
@@ -98,18 +93,16 @@ def generate(
     num_generations: int,
     settings: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
     *,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     greedy: bool = False,
 ) -> Rollout:
-    r"""Sample `num_generations` responses to each prompt, or take the likeliest token each time.
+    r"""Sample G = `num_generations` responses to each of N prompts.
 
     Args:
-        prompts: N texts.
-        num_generations: G.
         settings: at most T = `max_completion_length` tokens. With `top_p` and `top_k` the log-probabilities kept are
             still those of the whole distribution, since $\pi_\theta$ is compared with that.
         generator: the source of all randomness, on the policy's device.
-        greedy: take the likeliest token each time; a generator is not needed.
+        greedy: take the likeliest token each time; this needs no generator.
 
     Raises:
         NonFiniteError: the model's logits are not finite.
@@ -120,46 +113,30 @@ def generate(
     model, was_training = policy.model, policy.model.training
     model.eval()
     prompt_ids, prompt_mask = policy.encode(prompts)
-    which = torch.arange(len(prompts), device=policy.device).repeat_interleave(num_generations)  # (B,), prompts
+    which = torch.arange(len(prompts), device=policy.device).repeat_interleave(num_generations)  # (B,)
+    parts = which.split(settings.rollout_batch_size or len(which))
+    if greedy:
+        generator = None
     with one_thread_if_small(model):
-        batches = [
-            _sample_batch(policy, prompt_ids, prompt_mask, rows, settings, None if greedy else generator)
-            for rows in which.split(settings.rollout_batch_size or len(which))
-        ]
+        batches = [_sample_batch(policy, prompt_ids, prompt_mask, part, settings, generator) for part in parts]
     completion_ids, logp, entropy, lengths, ended = (torch.cat(column) for column in zip(*batches, strict=True))
     model.train(was_training)
 
     longest = int(lengths.max())
-    texts = [row[:length] for row, length in zip(completion_ids.tolist(), lengths.tolist(), strict=True)]
-    return Rollout(
-        prompt_ids=prompt_ids[which],
-        prompt_mask=prompt_mask[which],
-        completion_ids=completion_ids[:, :longest],
-        mask=torch.arange(longest, device=policy.device) < lengths[:, None],
-        lengths=lengths,
-        truncated=~ended,
-        logp=logp[:, :longest],
-        entropy=entropy[:, :longest],
-        completions=policy.tokenizer.batch_decode(texts, skip_special_tokens=True),
-    )
+    ids, logp, entropy = (values[:, :longest] for values in (completion_ids, logp, entropy))
+    mask = torch.arange(longest, device=policy.device) < lengths[:, None]
+    without_padding = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+    completions = policy.tokenizer.batch_decode(without_padding, skip_special_tokens=True)
+    return Rollout(prompt_ids[which], prompt_mask[which], ids, mask, lengths, ~ended, logp, entropy, completions)
 
 
 def _sample_batch(
-    policy: Policy,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    which: Tensor,
-    settings: SamplingSettings,
-    generator: torch.Generator | None,
+    policy: Policy, ids: Tensor, mask: Tensor, which: Tensor, settings: SamplingSettings, generator: Generator | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sample one response to each prompt in `which`, token by token; greedily without a generator.
 
-    Args:
-        prompt_ids, prompt_mask: (N, P).
-        which: (b,) indices of prompts; equal ones stand together.
-
-    Returns:
-        Token ids, log-probabilities and entropies, (b, T) each; lengths and whether a response ended, (b,) each.
+    `ids` and `mask` are the prompts, (N, P). Equal indices in `which`, (b,), stand together. The result is token ids,
+    log-probabilities and entropies, (b, T) each, then lengths and whether a response ended, (b,) each.
     """
     model, eos_ids, limit = policy.model, policy.eos_ids, settings.max_completion_length
     completion_ids = which.new_full((len(which), limit), policy.pad_id)
@@ -167,16 +144,13 @@ def _sample_batch(
     lengths, ended = torch.full_like(which, limit), torch.zeros_like(which, dtype=torch.bool)
     asked, group = torch.unique_consecutive(which, return_inverse=True)
     cache = DynamicCache(config=model.config)
-    inputs, attention = prompt_ids[asked], prompt_mask[asked]
-    active = torch.arange(len(which), device=which.device)  # the responses that are still computed
+    inputs, attention = ids[asked], mask[asked]
+    options = {cache_argument(model): cache, "logits_to_keep": 1}
+    active = torch.arange(len(which), device=which.device)  # These are still computed.
     for t in range(limit):
-        logits = model(
-            input_ids=inputs,
-            attention_mask=attention,
-            position_ids=position_ids(attention)[:, -inputs.shape[1] :],
-            logits_to_keep=1,
-            **{cache_argument(model): cache},
-        ).logits[:, -1].float() / settings.temperature  # fmt: skip
+        positions = position_ids(attention)[:, -inputs.shape[1] :]
+        output = model(input_ids=inputs, attention_mask=attention, position_ids=positions, **options)
+        logits = output.logits[:, -1].float() / settings.temperature
         if t == 0:  # Each prompt is encoded once. Its cache is copied to its responses.
             cache.batch_select_indices(group)
             logits, attention = logits[group], attention[group]

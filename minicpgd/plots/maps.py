@@ -1,7 +1,6 @@
 """Figures of the map: learning rate x updates per rollout.
 
-In: a study's folder, with the tables that `study.py` describes. Out: a matplotlib `Figure`. Bands and bars are 95 %
-intervals, those of `stats.py`.
+In: a study's folder, which `experiments/runner.py` describes. Out: a matplotlib `Figure`. Bands are 95 % intervals.
 """
 
 from collections.abc import Sequence
@@ -23,22 +22,19 @@ from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, band, styled
 def map_heat(folder: Path) -> Figure:
     """Four maps of learning rate x K: final accuracy as colour and number, and how many seeds collapsed."""
     table = pd.read_csv(folder / "study.csv")
-    algorithms = list(table["algorithm"].unique())
     figure = Figure(figsize=(10, 3.3), layout="constrained")
-    axes = figure.subplots(1, len(algorithms), sharey=True)
-    for axis, algorithm in zip(axes, algorithms, strict=True):
-        rows = table[table["algorithm"] == algorithm]
+    axes = figure.subplots(1, table["algorithm"].nunique(), sharey=True)
+    for axis, (algorithm, rows) in zip(axes, table.groupby("algorithm", sort=False), strict=True):
         cells = rows.groupby(["updates_per_rollout", "learning_rate"])
         accuracy = cells["accuracy_final"].mean().unstack()
-        fell = cells["collapsed"].sum().unstack()
+        collapsed = cells["collapsed"].sum().unstack()
         image = axis.imshow(accuracy, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
         for (y, x), value in np.ndenumerate(accuracy.to_numpy()):
             ink = "white" if value < 0.5 else "black"
             axis.text(x, y + 0.12, f"{value:.2f}", ha="center", va="center", color=ink, weight="bold", size=10.5)
-            if n := int(fell.to_numpy()[y, x]):
+            if n := int(collapsed.to_numpy()[y, x]):
                 axis.text(x, y - 0.26, f"{n} fell", ha="center", va="center", color=ink, size=8.5)
-        healthy = healthy_share(rows)
-        axis.set_title(f"{display_name(algorithm)}\nhealthy {percent(healthy)}", size=10.5)
+        axis.set_title(f"{display_name(algorithm)}\nhealthy {percent(healthy_share(rows))}", size=10.5)
         axis.set_xticks(range(accuracy.shape[1]), map(rate_name, accuracy.columns))
         axis.set_yticks(range(accuracy.shape[0]), accuracy.index)
         axis.grid(False)
@@ -52,7 +48,7 @@ def map_heat(folder: Path) -> Figure:
 
 @styled
 def map_frontiers(folder: Path) -> Figure:
-    """Final accuracy over the learning rate, for each K; the rate borne over K; the share of the map so accurate."""
+    """Final accuracy over the learning rate for each K; the tolerated rate over K; the share of the map so accurate."""
     table = pd.read_csv(folder / "study.csv")
     ks = np.unique(table["updates_per_rollout"])
     figure = Figure(figsize=(10, 6.8), layout="constrained")
@@ -64,8 +60,8 @@ def map_frontiers(folder: Path) -> Figure:
         for axis, k in zip(top, ks, strict=True):
             cells = rows[rows["updates_per_rollout"] == k].groupby("learning_rate")["accuracy_final"]
             band(axis, i, {rate: bootstrap_mean(values) for rate, values in cells}, label)
-        borne = {k: bootstrap_mean(np.log(tolerated_rate(line))) for k, line in rows.groupby("updates_per_rollout")}
-        band(frontier, i, {k: Estimate(*np.exp(estimate)) for k, estimate in borne.items()}, label)
+        tolerated = {k: bootstrap_mean(np.log(tolerated_rate(line))) for k, line in rows.groupby("updates_per_rollout")}
+        band(frontier, i, {k: Estimate(*np.exp(estimate)) for k, estimate in tolerated.items()}, label)
         wanted = np.linspace(0, 1, 101)
         reached = [bootstrap_mean((rows["accuracy_final"] >= x).groupby(rows["seed"]).mean()) for x in wanted]
         band(whole, i, dict(zip(wanted, reached, strict=True)), label, marker="")
@@ -90,7 +86,6 @@ def map_curves(folder: Path) -> Figure:
     learning_rate = rates[(len(rates) - 1) // 2]
     table = table[(table["learning_rate"] == learning_rate) & (table["updates_per_rollout"] == k)]
     steps = pd.read_csv(folder / "steps.csv.gz").merge(table[["run", "algorithm"]], on="run")
-    algorithms = list(table["algorithm"].unique())
     panels: Sequence[tuple[str, Sequence[tuple[str, str, Any]]]] = (
         ("mean reward", [("reward", "", "-")]),
         ("length [tokens]", [("completion_length", "", "-")]),
@@ -98,25 +93,19 @@ def map_curves(folder: Path) -> Figure:
         ("share clipped", [("clip_frac_pos", "A > 0", "-"), ("clip_frac_neg", "A < 0", DASHES[1])]),
     )
     figure = Figure(figsize=(10, 8), layout="constrained")
-    axes = figure.subplots(len(panels), len(algorithms), sharex=True, sharey="row")
-    for i, (column, algorithm) in enumerate(zip(axes.T, algorithms, strict=True)):
+    axes = figure.subplots(len(panels), table["algorithm"].nunique(), sharex=True, sharey="row")
+    for column, algorithm, colour in zip(axes.T, table["algorithm"].unique(), COLOURS, strict=False):
         rows = steps[steps["algorithm"] == algorithm]
-        colour = COLOURS[i]
-        for axis, (unit, lines) in zip(column, panels, strict=True):
+        for axis, (_, lines) in zip(column, panels, strict=True):
             for metric, label, dashes in lines:
                 by_seed = rows.pivot_table(index="step", columns="run", values=metric)
                 axis.plot(by_seed, color=colour, linewidth=0.7, alpha=0.45, linestyle=dashes)
                 axis.plot(by_seed.mean(axis=1), color=colour, linestyle=dashes, label=label)
-            if metric == "kl_old":
-                axis.set_yscale("log")
-                axis.set_ylim(bottom=1e-4)  # a rollout without any advantage moves nothing
-            elif metric == "reward":
-                axis.set_ylim(0, 1)
-            if len(lines) > 1 and i == 0:
-                axis.legend(handlelength=3)
-            if i == 0:
-                axis.set_ylabel(unit)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        column[0].set_title(display_name(algorithm))
+        column[0].set(title=display_name(algorithm), ylim=(0, 1))
+        column[2].set(yscale="log", ylim=(1e-4, None))  # A rollout without advantages has no KL.
+    for axis, (unit, _) in zip(axes[:, 0], panels, strict=True):
+        axis.set_ylabel(unit)
+    axes[-1, 0].legend(handlelength=3)
     figure.supxlabel(f"step (one rollout and its K = {k} updates), learning rate {learning_rate:g}", size=10.5)
     return figure

@@ -1,6 +1,6 @@
 """Where the memory goes: one pair of bars for each model.
 
-In: predictions by name. Out: a matplotlib `Figure`; nothing here writes a file.
+In: predictions by name, usually a model's. Out: a matplotlib `Figure`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from minicpgd.memory.predict import GIB, ROLLOUT, UPDATE, Memory
 from minicpgd.plots.style import COLOURS, styled
 
-PARTS = {  # what a bar is made of: components, a hatch for whoever prints in grey
+PARTS = {  # Each part of a bar has components, and a hatch for prints in grey.
     "weights": (("weights", "reference"), ""),
     "what is trained, its gradients and moments": (("adapter", "gradients", "optimizer"), "////"),
     "KV cache": (("KV cache",), "...."),
@@ -23,20 +23,14 @@ PARTS = {  # what a bar is made of: components, a hatch for whoever prints in gr
 
 @styled
 def memory_bars(predicted: Mapping[str, Memory], cards: Mapping[str, float] = {}) -> Figure:  # noqa: B006 (not changed)
-    """The largest moment of the rollout and of the update, by component, and how much the card has.
-
-    Args:
-        predicted: a prediction for each name, most of them models'.
-        cards: where the card ends that a model is for, in GiB, by the same names.
-    """
+    """The largest moment of the rollout and of the update, by component; `cards` has the size of each card in GiB."""
     figure = Figure(figsize=(10, 1.5 + 0.9 * len(predicted)), layout="constrained")
     axis = figure.subplots()
-    places, labels = [], []
+    places, labels, parts = [], [], list(zip(PARTS.items(), COLOURS, strict=False))
     for i, (name, memory) in enumerate(predicted.items()):
         for phase, moments, place in (("rollout", ROLLOUT, 2.5 * i), ("update", UPDATE, 2.5 * i + 0.9)):
-            worst = max(moments, key=memory.total)
-            bytes_of, left = memory.moments[worst], 0.0
-            for (components, hatch), colour in zip(PARTS.values(), COLOURS, strict=False):
+            bytes_of, left = memory.moments[max(moments, key=memory.total)], 0.0
+            for (_, (components, hatch)), colour in parts:
                 width = sum(bytes_of[component] for component in components) / GIB
                 axis.barh(place, width, 0.8, left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
                 left += width
@@ -55,10 +49,7 @@ def memory_bars(predicted: Mapping[str, Memory], cards: Mapping[str, float] = {}
     axis.grid(axis="y", visible=False)
     axis.invert_yaxis()
     axis.set_xlabel("GiB at the phase's largest moment")
-    handles = [
-        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=part)
-        for (part, (_, hatch)), colour in zip(PARTS.items(), COLOURS, strict=False)
-    ]
+    handles = [Patch(facecolor=c, hatch=hatch, edgecolor="white", label=part) for (part, (_, hatch)), c in parts]
     handles.append(Patch(facecolor="white", edgecolor="#777777", label="assumed: CUDA itself, allocator"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
     return figure

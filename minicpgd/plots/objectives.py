@@ -1,7 +1,6 @@
 """What an objective asks of one token, as a function of its ratio; and where the tokens of a rollout stand.
 
-In: rows of the table, and the `LossOutput`s of passes over a rollout. Out: matplotlib `Figure`s; nothing here writes a
-file.
+In: rows of the table, and the `LossOutput`s of passes over a rollout. Out: matplotlib `Figure`s.
 """
 
 import math
@@ -13,28 +12,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from minicpgd.algorithms.loss import Algorithm, LossOutput, LossSettings
-from minicpgd.algorithms.table import ALGORITHMS
-from minicpgd.plots.style import COLOURS, MARKERS, line_style, styled
+from minicpgd.algorithms import ALGORITHMS, Algorithm, LossOutput, LossSettings
+from minicpgd.plots.style import COLOURS, LINE, MARKERS, line_style, styled
 
 SHADE = "#e9e9e9"
-LINE = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4, 2))}
 
 
 def objective_and_weight(
     algorithm: Algorithm, ratios: Sequence[float] | Tensor, advantage: float, *, drift_coef: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""An algorithm's loss, read token by token.
-
-    Args:
-        ratios: (n,), each a response of one token.
-        advantage: A, the same for all of them.
+    r"""An algorithm's loss for n responses of one token each, whose `ratios` are (n,). They all have one `advantage`.
 
     Returns:
         (n,) each: the objective $J$, its derivative in $\log \pi_\theta$, and whether the surrogate is clipped.
     """
     d = torch.as_tensor(ratios, dtype=torch.float64).log()[:, None].requires_grad_()
-    # the loss is a weighted sum over tokens: its derivative in a token's weight is that token's own loss
+    # The loss is a weighted sum over tokens. Its derivative in a token's weight is that token's own loss.
     ones = torch.ones_like(d).requires_grad_()
     advantages = torch.full((len(d),), advantage, dtype=d.dtype)
     settings = LossSettings(drift_coef=drift_coef)
@@ -57,8 +50,6 @@ def objective_curves(
     Args:
         names: rows of the table, four at most.
         weight: draw the derivative in log pi in place of the objective.
-        drift_coef: alpha, for rows with drift.
-        reach: the smallest and the largest ratio.
     """
     figure = Figure(figsize=(9, 3.7), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -67,23 +58,18 @@ def objective_curves(
         for which, name in enumerate(names):
             lines = objective_and_weight(ALGORITHMS[name], ratios, advantage, drift_coef=drift_coef)
             label = name + (rf"  ($\alpha$ = {drift_coef:g})" if ALGORITHMS[name].drift else "")
-            # later lines are thinner, so that where two coincide both are seen
-            shape = {
-                "color": line_style(which).color,
-                "linestyle": line_style(which).linestyle,
-                "linewidth": 3.8 - 0.6 * which,
-            }
-            axis.plot(ratios, lines[int(weight)], label=label, **shape)
+            colour, dashes, _ = line_style(which)
+            width = 3.8 - 0.6 * which  # Later lines are thinner, so that all can be seen.
+            axis.plot(ratios, lines[int(weight)], label=label, color=colour, linestyle=dashes, linewidth=width)
         for bound in bounds:
             axis.axvline(bound, **LINE)
-        title = "A = +1" if advantage > 0 else "A = \N{MINUS SIGN}1"
-        axis.set(xscale="log", title=title, xlabel="ratio r  (log scale)")
+        sign = "+" if advantage > 0 else "\N{MINUS SIGN}"
+        axis.set(xscale="log", title=f"A = {sign}1", xlabel="ratio r  (log scale)")
         ticks = [tick for tick in (0.2, 0.5, 0.8, 1.2, 2, 3, 5) if reach[0] <= tick <= reach[1]]
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_xticks([], minor=True)
     axes[0].set_ylabel(r"weight  $\partial J / \partial \ln \pi_\theta$" if weight else "objective J of one token")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), handlelength=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), handlelength=3)
     return figure
 
 
@@ -98,8 +84,7 @@ def token_regions(
 
     Args:
         outputs: by the name of a row of panels, then by the number of passes made (the same for all rows): the loss.
-        bounds: the ratios at which the surrogate clips.
-        reach: the smallest and the largest ratio drawn; what lies beyond stands at the edge.
+        reach: the smallest and the largest ratio drawn; points beyond are drawn at the edge.
     """
     columns = list(next(iter(outputs.values())))
     figure = Figure(figsize=(9, 0.6 + 2.1 * len(outputs)), layout="constrained")
@@ -114,7 +99,7 @@ def token_regions(
             largest = 1.15 * float(np.abs(A).max()) + 0.15
             axis.add_patch(Rectangle((bounds[1], 0), reach[1] * 2, largest, color=SHADE, zorder=0))
             axis.add_patch(Rectangle((0, -largest), bounds[0], largest, color=SHADE, zorder=0))
-            # tokens of one answer share A: shift them a little, or they hide each other
+            # Tokens of one response share A. A small shift keeps them from hiding each other.
             height = A + 0.12 * np.random.default_rng(0).uniform(-1, 1, len(A))
             kinds = {"free": ~clipped & (A != 0), "clipped": clipped, "A = 0": A == 0}
             for which, (kind, chosen) in enumerate(kinds.items()):
@@ -125,9 +110,7 @@ def token_regions(
             axis.set_xticks([], minor=True)
     for axis in grid[-1]:
         axis.set_xlabel("ratio r  (log scale)")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    handles.append(Rectangle((0, 0), 1, 1, color=SHADE))
-    figure.legend(
-        handles, [*labels, "region where the surrogate is clipped"], loc="outside lower center", ncols=4, markerscale=2
-    )
+    handles, _ = grid[0, 0].get_legend_handles_labels()
+    region = Rectangle((0, 0), 1, 1, color=SHADE, label="region where the surrogate is clipped")
+    figure.legend(handles=[*handles, region], loc="outside lower center", ncols=4, markerscale=2)
     return figure

@@ -1,4 +1,4 @@
-"""Which figures there are, what each is made from, and where it is written.
+"""The list of all figures, the data of each, and the file that it is written to.
 
 In: run folders, or a study's. Out: PNG files. `minicpgd plot --all` remakes every published one from committed logs.
 """
@@ -12,7 +12,6 @@ from minicpgd import plots
 from minicpgd.errors import UserError
 from minicpgd.experiments.demo import demo_configs
 from minicpgd.memory.predict import predict_recipe
-from minicpgd.plots.metrics import UNITS
 from minicpgd.recipes import KNOWN, load_recipe
 
 RUN_FIGURES = {"curves": plots.training_curves, "ratios": plots.ratio_ranges}
@@ -26,31 +25,30 @@ STUDY_FIGURES: dict[str, dict[str, Callable[[Path], Figure]]] = {
 
 
 def save_figures(folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
-    """Draw every figure of `RUN_FIGURES` from some runs, and say where each went."""
+    """Draw every figure of `RUN_FIGURES` from some runs, and yield their paths."""
     yield from _save(folder, {name: draw(runs) for name, draw in RUN_FIGURES.items()})
 
 
 def save_published(results: Path, folder: Path) -> Iterator[Path]:
-    """Draw every published figure: from the committed logs, metrics too, and what the recipes are predicted to need.
+    """Draw every published figure, from the committed logs and from the predicted memory of the recipes.
 
     Raises:
-        UserError: they are not there.
+        UserError: a log is missing.
     """
     demo_runs = [results / "demo" / "seed0" / config.algorithm for config in demo_configs(results)]
     for needed in (*demo_runs, *(results / name / "study.csv" for name in STUDY_FIGURES)):
         if not needed.exists():
-            raise UserError(f"{needed}: not there; --results names the folder of committed logs, in the repository")
+            raise UserError(f"{needed}: missing; --results names the folder of committed logs in the repository")
     yield from save_figures(folder, demo_runs)
     for name in STUDY_FIGURES:
         yield from save_study_figures(results / name, name, folder)
     recipes = {load_recipe(name).config.model: name for name in KNOWN if name.startswith("qwen")}
     cards = {model: load_recipe(name).card_gib or 0.0 for model, name in recipes.items()}
     yield from _save(folder, {"memory": plots.memory_bars({m: predict_recipe(n) for m, n in recipes.items()}, cards)})
-    yield from _save(folder / "metrics", {metric: plots.metric_traces(results, metric) for metric in UNITS})
 
 
 def save_study_figures(study: Path, name: str, folder: Path) -> Iterator[Path]:
-    """Draw a study's figures from its tables, and say where each went."""
+    """Draw a study's figures from its tables, and yield their paths."""
     yield from _save(folder, {figure: draw(study) for figure, draw in STUDY_FIGURES[name].items()})
 
 

@@ -1,6 +1,6 @@
 """Figures of single runs, from their folders.
 
-In: run folders. Out: a matplotlib `Figure`; nothing here writes a file.
+In: run folders. Out: a matplotlib `Figure`.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from minicpgd.algorithms import display_name
-from minicpgd.algorithms.table import ALGORITHMS
+from minicpgd.algorithms import ALGORITHMS, display_name
 from minicpgd.errors import UserError
-from minicpgd.plots.style import COLOURS, DASHES, ribbon_legend, ribbons, styled
+from minicpgd.plots.style import COLOURS, DASHES, KL, RATIO, ribbon_legend, ribbons, styled
 from minicpgd.training.run_folder import Run, load_run
 
-DRAWN = {"reward", "completion_length", "kl_old", "clip_frac_pos", "clip_frac_neg"} | {
-    f"ratio_{name}" for name in ("min", "p01", "p99", "max")
-}
+RATIOS = ["ratio_min", "ratio_p01", "ratio_p99", "ratio_max"]
+DRAWN = {"reward", "completion_length", "kl_old", "clip_frac_pos", "clip_frac_neg", *RATIOS}
 
 
 @styled
@@ -29,7 +27,7 @@ def training_curves(runs: Sequence[str | Path]) -> Figure:
     panels = (
         ("reward", "Reward", "mean reward of a response"),
         ("completion_length", "Response length", "tokens"),
-        ("kl_old", "Distance from the sampling policy", r"KL to $\pi_{old}$  [nats per token]"),
+        ("kl_old", "Distance from the sampling policy", KL),
         ("clip_frac", "Clipped tokens", "share of all tokens"),
     )
     figure = Figure(figsize=(10, 6.2), layout="constrained")
@@ -40,7 +38,7 @@ def training_curves(runs: Sequence[str | Path]) -> Figure:
             label = display_name(config.algorithm) + _suffix(config.seed, loaded)
             axis.plot(metrics["step"], values, color=colour, linestyle=dashes, label=label)
         axis.set(title=title, ylabel=unit)
-        if metric == "kl_old":  # they differ by orders of magnitude; the exact zeros of K = 1 are not drawn
+        if metric == "kl_old":  # Values differ by orders of magnitude. The exact zeros of K = 1 are not drawn.
             axis.set_yscale("log", nonpositive="mask")
         else:
             axis.set_ylim(bottom=min(0, axis.dataLim.y0))
@@ -59,15 +57,13 @@ def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
     figure = Figure(figsize=(max(5.0, 2.6 * len(loaded)), 3.6), layout=ConstrainedLayoutEngine(wspace=0.04))
     axes = figure.subplots(1, len(loaded), sharey=True, sharex=True, squeeze=False)[0]
     for axis, (config, metrics, _), colour in zip(axes, loaded, COLOURS, strict=False):
-        step, floor = metrics["step"], 1e-6
-        ratios = [np.maximum(metrics[f"ratio_{name}"], floor) for name in ("min", "p01", "p99", "max")]
+        ratios = [np.maximum(metrics[name], 1e-6) for name in RATIOS]
         row = ALGORITHMS[config.algorithm]
         bounds = row.clip_bounds(config.epsilon, config.epsilon_high) if row.clips else ()
-        ribbons(axis, step, ratios, colour, bounds)
-        axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step")
-        axis.set_yscale("log")
+        ribbons(axis, metrics["step"], ratios, colour, bounds)
+        axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step", yscale="log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    axes[0].set_ylabel(r"ratio $\pi_\theta / \pi_{old}$")
+    axes[0].set_ylabel(RATIO)
     figure.legend(handles=ribbon_legend(), loc="outside upper center", ncols=3)
     return figure
 
@@ -76,9 +72,7 @@ def _load(runs: Sequence[str | Path]) -> list[Run]:
     loaded = [load_run(run) for run in runs]
     for run, (_, metrics, _) in zip(runs, loaded, strict=True):
         if missing := DRAWN - set(metrics):
-            raise UserError(
-                f"{run}: its metrics.jsonl has no {min(missing)!r}; a step has to be done before it is drawn"
-            )
+            raise UserError(f"{run}: its metrics.jsonl has no {min(missing)!r}; it is drawn after the first step")
     return loaded
 
 

@@ -1,7 +1,6 @@
 """Figures of studies, from their tables.
 
-In: a study's folder, with the tables that `study.py` describes. Out: a matplotlib `Figure`. Bands and bars are 95 %
-intervals, those of `stats.py`.
+In: a study's folder, which `experiments/runner.py` describes. Out: a matplotlib `Figure`. Bars are 95 % intervals.
 """
 
 from pathlib import Path
@@ -12,27 +11,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from minicpgd.algorithms import display_name
-from minicpgd.algorithms.table import ALGORITHMS
+from minicpgd.algorithms import ALGORITHMS, display_name
 from minicpgd.experiments.statistics import Estimate, bootstrap_mean, wilson
 from minicpgd.experiments.tables import advantage_size, arm_name, shape_name
-from minicpgd.plots.style import (
-    ACCURACY,
-    COLOURS,
-    DASHES,
-    KL,
-    band,
-    interval,
-    line_style,
-    ribbon_legend,
-    ribbons,
-    styled,
-)
+from minicpgd.plots import style
+from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, line_style, styled
 
 
 @styled
 def drift_coefs(folder: Path) -> Figure:
-    r"""What $\alpha$ does, where the advantages are of different size; `auto` as a large open marker."""
+    r"""The effect of $\alpha$, for advantages of different size; `auto` is a large open marker."""
     table = pd.read_csv(folder / "study.csv")
     panels = (
         ("accuracy_final", "Where it ends", ACCURACY),
@@ -43,14 +31,13 @@ def drift_coefs(folder: Path) -> Figure:
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = list(figure.subplots(2, 2).flat)
     shapes = table.groupby(["num_generations", "advantage_weight", "learning_rate"], sort=False)
-    for i, ((generations, weight, rate), rows) in enumerate(shapes):
+    for i, (shape, rows) in enumerate(shapes):
         auto, grid = rows[rows["drift_coef"] == "auto"], rows[rows["drift_coef"] != "auto"]
         grid = grid.assign(alpha=grid["drift_coef"].astype(float))
-        label = shape_name(generations, weight, rate)
         for axis, (metric, title, unit) in zip(axes, panels, strict=True):
             scale = advantage_size(rows) if "units" in title else 1.0
             by = {alpha / scale: _middle(metric, values) for alpha, values in grid.groupby("alpha")[metric]}
-            band(axis, i, by, label)
+            band(axis, i, by, shape_name(*shape))
             value = _middle(metric, auto[metric]).value
             mark = {"marker": line_style(i).marker, "markersize": 12, "markerfacecolor": "white", "markeredgewidth": 2}
             axis.plot(auto["drift_coef_mean"].mean() / scale, value, color=COLOURS[i], **mark)  # type: ignore[arg-type]
@@ -69,7 +56,7 @@ def drift_coefs(folder: Path) -> Figure:
 
 
 def _middle(metric: str, values: pd.Series) -> Estimate:
-    """A mean with its interval; of a number of steps, which may be "never", the median alone."""
+    """A mean with its interval; the median alone for a number of steps, which may be "never"."""
     return Estimate(*[values.fillna(22).median()] * 3) if metric == "steps_to_90" else bootstrap_mean(values)
 
 
@@ -81,12 +68,12 @@ def anatomy_rows(folder: Path) -> Figure:
     order = table.groupby("arm")["accuracy_final"].mean().sort_values().index
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
-    kinds = (("with the drift", "D"), ("KL to the reference", "^"), ("neither", "s"))
+    blue, orange, green, *_ = COLOURS
+    kinds = (("with the drift", "D", blue), ("KL to the reference", "^", green), ("neither", "s", orange))
     for y, arm in enumerate(order):
         rows = table[table["arm"] == arm]
         first = rows.iloc[0]
-        kind = 0 if ALGORITHMS[first["algorithm"]].drift else 1 if first["beta"] else 2
-        colour, marker = COLOURS[(0, 2, 1)[kind]], kinds[kind][1]
+        _, marker, colour = kinds[0 if ALGORITHMS[first["algorithm"]].drift else 1 if first["beta"] else 2]
         for axis, metric in zip(axes, ("accuracy_final", "reward_last"), strict=False):
             axis.plot(rows[metric], [y] * len(rows), "o", color=colour, alpha=0.35, markersize=4.5, markeredgewidth=0)
             interval(axis, y, bootstrap_mean(rows[metric]), colour, marker)
@@ -95,7 +82,7 @@ def anatomy_rows(folder: Path) -> Figure:
     axes[0].set(xlabel=ACCURACY, xlim=(0, 1.02), title="Held-out problems")
     axes[1].set(xlabel="mean reward, last 10 steps", xlim=(0, 1.02), title="Training")
     axes[2].set(xlabel="share of seeds", xlim=(-0.03, 1.03), title="Collapsed")
-    for (label, marker), colour in zip(kinds, (COLOURS[0], COLOURS[2], COLOURS[1]), strict=True):
+    for label, marker, colour in kinds:
         axes[2].plot([], [], marker, color=colour, label=label)
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
@@ -114,7 +101,7 @@ def anatomy_passes(folder: Path, *, step: int = 1) -> Figure:
         rows = passes[passes["algorithm"] == algorithm]
         by_pass = rows.groupby("pass")
         low, p01, p99, high = (by_pass[f"ratio_{q}"].median() for q in ("min", "p01", "p99", "max"))
-        ribbons(column[0], low.index, (low, p01, p99, high), colour, bounds=(0.8, 1.2))
+        style.ribbons(column[0], low.index, (low, p01, p99, high), colour, bounds=(0.8, 1.2))
         column[0].set(yscale="log", title=display_name(algorithm))
         by_run = rows.pivot_table(index="pass", columns="run", values="kl_old")
         column[1].plot(by_run, color=colour, linewidth=0.7, alpha=0.45)
@@ -123,14 +110,12 @@ def anatomy_passes(folder: Path, *, step: int = 1) -> Figure:
         for sign, dashes, label in (("pos", "-", "A > 0"), ("neg", DASHES[1], "A < 0")):
             column[2].plot(by_pass[f"clip_frac_{sign}"].mean(), color=colour, linestyle=dashes, label=label)
         column[2].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    for axis, unit in zip(
-        axes[:, 0], (r"ratio $\pi_\theta / \pi_{old}$", KL.replace("  ", "\n"), "share clipped"), strict=True
-    ):
+    for axis, unit in zip(axes[:, 0], (style.RATIO, KL.replace("  ", "\n"), "share clipped"), strict=True):
         axis.set_ylabel(unit)
     ratios = [0.3, 0.5, 0.8, 1.2, 2, 3]
     axes[0, 0].set_yticks(ratios, [f"{ratio:g}" for ratio in ratios])
     axes[0, 0].yaxis.set_minor_locator(NullLocator())
-    figure.legend(handles=ribbon_legend(), loc="outside upper right", ncols=3)
+    figure.legend(handles=style.ribbon_legend(), loc="outside upper right", ncols=3)
     axes[2, -1].legend(handlelength=3, fontsize=9)
     figure.supxlabel("pass over the same rollout (4 updates each)", size=10.5)
     return figure
@@ -147,25 +132,19 @@ def fair_search(folder: Path) -> Figure:
     top = above.subplots(1, len(algorithms), sharey=True)
     for i, (axis, algorithm) in enumerate(zip(top, algorithms, strict=True)):
         runs = search[search["algorithm"] == algorithm]
-        for has_beta, fill in ((False, COLOURS[i]), (True, "white")):
+        for has_beta, fill, label in ((False, COLOURS[i], "β = 0"), (True, "white", "with β")):
             some = runs[(runs["beta"] > 0) == has_beta]
-            label = "with β" if has_beta else "β = 0"
             marks: dict[str, Any] = {"markerfacecolor": fill, "markersize": 7, "label": label}
             axis.plot(some["learning_rate"], some["reward_last"], line_style(i).marker, color=COLOURS[i], **marks)
-        best = report[report["algorithm"] == algorithm].iloc[0]
-        at = runs[
-            (runs[["learning_rate", "epsilon", "beta"]] == best[["learning_rate", "epsilon", "beta"]]).all(axis=1)
-        ]
+        best = report[report["algorithm"] == algorithm].iloc[0][["learning_rate", "epsilon", "beta"]]
+        at = runs[(runs[best.index] == best).all(axis=1)]
         ring: dict[str, Any] = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 1.4, "label": "chosen"}
         axis.plot(at["learning_rate"].iloc[0], at["reward_last"].mean(), "o", color="black", **ring)
         axis.set(xscale="log", xlim=(8e-6, 4e-4), ylim=(0, 1), title=display_name(algorithm), xlabel="learning rate")
     top[0].set_ylabel("search: mean reward,\nlast 10 steps")
     above.legend(*top[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-    for axis, (metric, unit) in zip(
-        below.subplots(1, 2, sharey=True),
-        (("accuracy_final", ACCURACY), ("reward_last", "mean reward, last 10 steps")),
-        strict=True,
-    ):
+    reported = (("accuracy_final", ACCURACY), ("reward_last", "mean reward, last 10 steps"))
+    for axis, (metric, unit) in zip(below.subplots(1, 2, sharey=True), reported, strict=True):
         for i, algorithm in enumerate(algorithms):
             values = report.loc[report["algorithm"] == algorithm, metric]
             axis.plot(values, [-i] * len(values), line_style(i).marker, color=COLOURS[i], alpha=0.35, markersize=5)
@@ -178,7 +157,7 @@ def fair_search(folder: Path) -> Figure:
 
 @styled
 def warning_signals(folder: Path) -> Figure:
-    """For each metric: the share of collapses it announces, and of other runs in which it cries wolf."""
+    """For each metric: the share of collapses that it announces, and of its false alarms."""
     table = pd.read_csv(folder / "study.csv")
     table = table.iloc[(table["announced_share"] - table["false_share"]).argsort()].reset_index(drop=True)
     figure = Figure(figsize=(10, 6.4), layout="constrained")

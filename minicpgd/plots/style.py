@@ -1,10 +1,10 @@
 """One style for every figure.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; each algorithm has its own dashes and
-marker too, for whoever prints in grey.
+Colour-blind readers can tell the colours (Okabe and Ito) apart. Dashes and markers serve prints in grey.
+
+In: what a figure shows. Out: colours, markers, and parts that several figures share.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec
 
@@ -19,31 +19,23 @@ from numpy.typing import ArrayLike
 from minicpgd.experiments.statistics import Estimate
 
 STYLE: dict[Any, Any] = {
-    "figure.dpi": 150,
-    "savefig.facecolor": "white",
-    "font.size": 10.5,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.linewidth": 2.2,
-}
+    "figure.dpi": 150, "savefig.facecolor": "white", "font.size": 10.5, "legend.frameon": False, "lines.linewidth": 2.2,
+    "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7,
+}  # fmt: skip
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 1.2)), (0, (1.6, 1)), (0, (6, 1.2, 1.4, 1.2)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINE: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4, 2))}  # It marks a clip bound.
 ACCURACY = "final accuracy (greedy)"
 KL = r"KL to $\pi_{old}$  [nats per token]"
+RATIO = r"ratio $\pi_\theta / \pi_{old}$"
 P = ParamSpec("P")
 
 
 class LineStyle(NamedTuple):
-    """How a line is told from its neighbours, as keywords of `axis.plot`: `axis.plot(x, y, **line_style(0)._asdict())`."""
+    """The keywords that distinguish a line: `axis.plot(x, y, **line_style(0)._asdict())`."""
 
     color: str
     linestyle: Any
@@ -51,19 +43,13 @@ class LineStyle(NamedTuple):
 
 
 def line_style(which: int) -> LineStyle:
-    """The line_style of the line number `which`, from 0."""
+    """The style of the line number `which`, from 0."""
     return LineStyle(COLOURS[which], DASHES[which], MARKERS[which])
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Let a function draw in this style."""
-
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
+    return matplotlib.rc_context(STYLE)(draw)
 
 
 def band(axis: Axes, which: int, points: dict[float, Estimate], label: str, marker: str | None = None) -> None:
@@ -81,22 +67,18 @@ def interval(axis: Axes, y: float, estimate: Estimate, colour: str, marker: str)
 
 
 def ribbons(axis: Axes, x: ArrayLike, ratios: Sequence[ArrayLike], colour: str, bounds: Sequence[float]) -> None:
-    """The spread of ratios over x: from smallest to largest, from 1 % to 99 %, and the clip bounds.
-
-    Args:
-        ratios: smallest, 1 %, 99 %, largest.
-    """
+    """The spread of ratios (smallest, 1 %, 99 %, largest) over x, in two shades, and the clip bounds."""
     low, p01, p99, high = ratios
     axis.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
     axis.fill_between(x, p01, p99, color=colour, alpha=0.75, linewidth=0)
     for bound in bounds:
-        axis.axhline(bound, color="black", linewidth=0.9, linestyle=(0, (4, 2)))
+        axis.axhline(bound, **LINE)
 
 
 def ribbon_legend() -> list[Artist]:
-    """What the shades of a panel of ratios mean, for `figure.legend(handles=...)`."""
+    """A legend for the shades of `ribbons`, for `figure.legend(handles=...)`."""
     return [
         Patch(color="#555555", alpha=0.75, label="1 % to 99 % of the tokens"),
         Patch(color="#555555", alpha=0.22, label="smallest to largest"),
-        Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (4, 2)), label="clip bounds"),
+        Line2D([], [], **LINE, label="clip bounds"),
     ]

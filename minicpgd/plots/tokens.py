@@ -1,6 +1,6 @@
-"""Responses as text, each token on a colour: what happens where, in words one can read.
+"""Responses as text, with a colour for each token.
 
-In: tokens, and a number for each. Out: a matplotlib `Figure`; nothing here writes a file.
+In: tokens, and a number for each. Out: a matplotlib `Figure`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from minicpgd.plots.style import styled
 
-LETTER, LINE = 0.155, 0.5  # inches: the width of a letter, the height of a row
+LETTER, LINE = 0.155, 0.5  # The width of a letter and the height of a row are in inches.
 
 
 @styled
@@ -29,15 +29,13 @@ def token_text(
 ) -> Figure:
     r"""Rows of text, coloured: violet where a value is negative, orange where it is positive.
 
-    A token beyond `high` wears a triangle above, one beyond `low` a triangle below, so that grey print shows them, too.
+    A token beyond `high` has a triangle above, one beyond `low` a triangle below, which grey prints show too.
 
     Args:
         tokens: B rows of tokens, each a string; rows may differ in length.
-        values: (B, T), a number per token; what lies beyond a row's own length is not read.
+        values: (B, T), a number per token; values beyond a row's own length are not read.
         labels: B texts to the left of the rows.
-        low, high: bounds, in the values' unit.
-        limit: the value of the strongest colour; by default the largest there is.
-        unit: what the values are, beside the scale.
+        limit: the value of the strongest colour; by default the largest value.
     """
     numbers = np.asarray(values, dtype=float)
     names = list(labels) if labels is not None else [""] * len(tokens)
@@ -63,9 +61,8 @@ def token_text(
                 y, shape = (i + 0.14, "^") if value > high else (i + 0.86, "v")
                 axis.plot(x + width / 2, y, shape, color="black", markersize=4, clip_on=False)
             x += width
-    scale = figure.colorbar(
-        shades, cax=figure.add_axes((1 - 0.75 / size[0], 0.3 / size[1], 0.13 / size[0], 1 - 0.9 / size[1]))
-    )
+    place = (1 - 0.75 / size[0], 0.3 / size[1], 0.13 / size[0], 1 - 0.9 / size[1])
+    scale = figure.colorbar(shades, cax=figure.add_axes(place))
     scale.set_label(unit, fontsize=9)
     scale.ax.tick_params(labelsize=8)
     return figure

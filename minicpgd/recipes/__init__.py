@@ -1,12 +1,11 @@
-"""Recipes: settings for a real model on a real card, each a small YAML file beside this one.
+"""Recipes: settings for a real model on a real card, each in a small YAML file in this folder.
 
-`minicpgd train --recipe qwen2.5-0.5b-8gb` takes one; a file of your own goes by its path. Each line under `train` is a
-flag of `minicpgd train`, and a flag on the command line wins over it. `expect` says what memory it is expected to take,
-and on what basis.
-
-In: a name or a path. Out: a `Recipe`.
+In: the name of a recipe, or the path of a YAML file of your own. Out: a `Recipe`. Each line under `train` is a flag of
+`minicpgd train`, and a flag on the command line overrides it. `expect` has the memory that the run will need, and how
+that is known. You may add a file.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,8 +20,8 @@ FOLDER = Path(__file__).parent
 KNOWN = sorted(path.stem for path in FOLDER.glob("*gb.yaml"))
 
 
-class _Once(yaml.SafeLoader):
-    """Refuses a key that is there twice; YAML's own would keep the last of them and say nothing."""
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice. yaml.SafeLoader would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: list[Any] = []
@@ -35,7 +34,7 @@ class _Once(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings, and the memory they are expected to take; the expectation is None where the file has none."""
+    """Settings, and the memory that they are expected to need; None if the file does not say."""
 
     config: TrainConfig
     card_gib: float | None = None
@@ -47,24 +46,25 @@ def load_recipe(name: str) -> Recipe:
     """Read a recipe.
 
     Args:
-        name: of one that ships, or the path of a YAML file.
+        name: a recipe in this folder, or the path of a YAML file.
 
     Raises:
-        ConfigError: there is none, or it is not what a recipe should be; the line names file and field.
+        ConfigError: there is none, or its content is wrong; the line names file and field.
     """
     path = FOLDER / f"{name}.yaml" if name in KNOWN else Path(name)
     if not os.path.isfile(path):
-        raise ConfigError(
-            f"recipe = {name!r}: {did_you_mean(name[:99], KNOWN)}choose from {', '.join(KNOWN)}, or give a YAML file's path"
-        )
+        hint = f"{did_you_mean(name[:99], KNOWN)}choose from {', '.join(KNOWN)}, or give a YAML file's path"
+        raise ConfigError(f"recipe = {name!r}: {hint}")
     try:
-        content = _Once(path.read_bytes()).get_single_data()
-    except Exception as error:  # PyYAML's own kinds, and what it comes to with 2001-99-99 or !!int ""
+        content = _UniqueKeys(path.read_bytes()).get_single_data()
+    except Exception as error:  # PyYAML raises its own kinds, and others for 2001-99-99 or !!int "".
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    train, expect = _sections(path, content)
-    floats = {name for name, hint in get_type_hints(TrainConfig).items() if float in (hint, *get_args(hint))}
-    for key in floats & set(train):
-        train[key] = _number(train[key])
+    _check_names(path, content)
+    train, expect = content["train"], content.get("expect", {})
+    for key, hint in get_type_hints(TrainConfig).items():
+        if float in (hint, *get_args(hint)) and isinstance(train.get(key), str):  # YAML reads 1e-5 as text.
+            with contextlib.suppress(ValueError):
+                train[key] = float(train[key])
     for key in {"card_gib", "peak_gib"} & set(expect):
         if type(expect[key]) not in (int, float) or not 0 < expect[key] < 10**6:
             raise ConfigError(f"{path}: expect: {key} = {short_repr(expect[key])}: a number of GiB expected")
@@ -74,30 +74,16 @@ def load_recipe(name: str) -> Recipe:
         raise ConfigError(f"{path}: train: {error}") from error
 
 
-def _sections(path: Path, content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two of a recipe, their fields known."""
+def _check_names(path: Path, content: Any) -> None:
     if not isinstance(content, dict) or not isinstance(content.get("train"), dict):
         raise ConfigError(f"{path}: a recipe has a section `train:` with settings indented below it")
-    sections = {"train": TrainConfig, "expect": Recipe}
     for section, values in content.items():
-        if section not in sections or not isinstance(values, dict):
-            raise ConfigError(
-                f"{path}: {_word(section)}: sections are `train:` and `expect:`, with settings indented below"
-            )
-        known = {field.name for field in fields(sections[section])} - {"config"}
+        kind = {"train": TrainConfig, "expect": Recipe}.get(section)
+        name = short_repr(section).strip("'")
+        if kind is None or not isinstance(values, dict):
+            raise ConfigError(f"{path}: {name}: sections are `train:` and `expect:`, with settings indented below")
+        known = {field.name for field in fields(kind)} - {"config"}
         for key in set(values) - known:
-            near = did_you_mean(_word(key), known).rstrip()
-            raise ConfigError(f"{path}: {section}: {_word(key)}: no such setting" + (f"; {near}" if near else ""))
-    return content["train"], content.get("expect", {})
-
-
-def _word(key: Any) -> str:
-    return short_repr(key).strip("'")
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 1e-5 as text: it wants 1.0e-5."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+            setting = short_repr(key).strip("'")
+            hint = f"; {did_you_mean(setting, known)}".rstrip("; ")
+            raise ConfigError(f"{path}: {name}: {setting}: no such setting{hint}")

@@ -1,16 +1,19 @@
-"""Chain arithmetic: think step by step, or guess.
+"""Chain arithmetic: the task that the embedded model has been pretrained for.
 
-Left-to-right arithmetic modulo 10, with 4 to 8 operands and `+ - *`:
+A problem is left-to-right arithmetic modulo 10, with 4 to 8 operands and `+ - *`:
 
     prompt      7+5*3=
-    worked      7+5=2,2*3=6#6       each step spelled out, then the answer
+    worked      7+5=2,2*3=6#6       each step, then the answer
     guess       #6                  the answer at once
 
-Both are right if the digit after the one `#` is. A tiny model can do each step, but not the whole chain in its head;
-so a policy that discovers, from a 0/1 reward alone, that writing more is worth it goes from a third of the problems
-right to nearly all of them.
+A response is right if the digit after its only `#` is right. A tiny model can compute each step, but not a whole chain
+at once. It first solves a third of the problems. A policy that learns from a 0/1 reward to write the steps solves
+nearly all of them.
+
+In: a random generator. Out: problems as dataset rows. You may change `OPERANDS`, and then have to pretrain again.
 """
 
+import itertools
 import operator
 import random
 import zlib
@@ -39,7 +42,7 @@ def work(digits: list[int], operations: list[str]) -> tuple[str, int]:
 
 
 def make_problem(rng: random.Random) -> dict[str, str]:
-    """A row: `prompt`, its `answer`, and `worked`, the response that spells out each step."""
+    """A row: `prompt`, its `answer`, and `worked`, the response with each step."""
     digits, operations = make_chain(rng)
     steps, value = work(digits, operations)
     prompt = str(digits[0]) + "".join(o + str(d) for o, d in zip(operations, digits[1:], strict=True)) + "="
@@ -47,12 +50,12 @@ def make_problem(rng: random.Random) -> dict[str, str]:
 
 
 def is_held_out(prompt: str) -> bool:
-    """One prompt in 16 is never trained on; its own letters decide which, so no list has to be kept."""
+    """One prompt in 16 is never trained on. A checksum of the prompt decides which, so nobody has to keep a list."""
     return zlib.crc32(prompt.encode()) % 16 == 0
 
 
 class ChainArithmetic:
-    """The task of this module; see `minicpgd.tasks.Task` for what each member promises."""
+    """The task of this module. `minicpgd.tasks.Task` describes the members."""
 
     reward = staticmethod(exact_answer)
 
@@ -63,7 +66,7 @@ class ChainArithmetic:
 
     @staticmethod
     def source(data: str | None) -> str:
-        """None are needed."""
+        """Problems are made when they are needed."""
         return "made on the spot"
 
     def sample(self, num_problems: int, rng: random.Random) -> list[dict[str, str]]:
@@ -71,17 +74,14 @@ class ChainArithmetic:
         return self._draw(num_problems, rng, held_out=False)
 
     def held_out(self, num_problems: int, seed: int = 0) -> list[dict[str, str]]:
-        """Evaluation problems: the same ones for the same seed, none of which training can meet."""
+        """Evaluation problems: the same ones for the same seed. Training never contains them."""
         return self._draw(num_problems, random.Random(f"held out {seed}"), held_out=True)
 
     def is_correct(self, problem: dict[str, str], completion: str) -> bool:
-        """The digit after the one `#` is the answer."""
+        """The digit after the only `#` is the answer."""
         return final_answer(completion) == problem["answer"]
 
     def _draw(self, num_problems: int, rng: random.Random, *, held_out: bool) -> list[dict[str, str]]:
-        problems: list[dict[str, str]] = []
-        while len(problems) < num_problems:
-            problem = make_problem(rng)
-            if is_held_out(problem["prompt"]) is held_out:
-                problems.append(problem)
-        return problems
+        problems = (make_problem(rng) for _ in itertools.count())
+        wanted = (problem for problem in problems if is_held_out(problem["prompt"]) is held_out)
+        return list(itertools.islice(wanted, num_problems))

@@ -1,7 +1,7 @@
-r"""GSM8K: 8,792 word problems of grade school (Cobbe et al., arXiv 2110.14168), from the hub or a local copy.
+r"""GSM8K: 8,792 word problems of grade school (Cobbe et al., arXiv 2110.14168).
 
-A row of theirs has a `question` and an `answer` whose reasoning ends in `#### 72`; here, `prompt` and the number alone.
-Their 7,473 training problems are trained on, their 1,319 test problems held out.
+In: the dataset from the hub, or a local copy; a row has a `question` and an `answer` that ends in `#### 72`. Out: 7,473
+training and 1,319 held-out problems, whose `answer` is the number alone. You may change the instruction.
 """
 
 from typing import Any
@@ -19,40 +19,38 @@ COLUMNS = {"prompt": "question", "answer": "answer"}
 
 
 class Gsm8k(Jsonl):
-    r"""The task of this module; with a local copy as `data`, a .jsonl or .parquet file or a folder, no network.
+    r"""The task of this module. If `data` is a local file or folder, it needs no network.
 
     Raises:
-        UserError: it cannot be had from the hub, or what `data` names is not GSM8K.
+        UserError: the hub does not give it, or `data` is not GSM8K.
     """
 
     instruction = r"Reason step by step, and put the final answer in \boxed{}."
 
     @staticmethod
     def source(data: str | None) -> str:
-        """Which files, or where on the hub."""
-        if data is None:
-            return f"{HUB_NAME} from the hub, its train and test splits"
-        return Jsonl.source(data)
+        """The names of the files, or the name on the hub."""
+        return f"{HUB_NAME} from the hub, its train and test splits" if data is None else Jsonl.source(data)
 
     def _load(self, data: str | None) -> tuple[Rows, Rows]:
-        parts = read_and_split(data, **COLUMNS) if data is not None else _from_hub()
-        for row in parts[0] + parts[1]:
+        train, test = _from_hub() if data is None else read_and_split(data, **COLUMNS)
+        for row in train + test:
             row["answer"] = plain(reference_answer(row["answer"]))
-        return parts
+        return train, test
 
 
 def _from_hub() -> tuple[Rows, Rows]:
-    """Downloaded, or as `datasets` has it in its cache."""
+    """Download it, or take it from the cache of `datasets`."""
     elsewhere = f"where there is a network, `{COMMAND}`; then --data gsm8k"
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"gsm8k from the hub needs datasets: pip install 'minicpgd[data]'; or, {elsewhere}") from error
-    if are_progress_bars_disabled():  # then a program draws its own
+    if are_progress_bars_disabled():  # A program that disables them draws its own.
         datasets.disable_progress_bars()
     try:
         splits: Any = datasets.load_dataset(HUB_NAME, "main")
-    except Exception as error:  # no network, no disk, no cache: each has a class of its own, of five libraries
+    except Exception as error:  # Five libraries raise their own errors for a missing network, disk or cache.
         raise UserError(f"{HUB_NAME} cannot be had from the hub ({type(error).__name__}): {elsewhere}") from error
     train, test = (
         checked(((f"{HUB_NAME}, {split} {i}", row) for i, row in enumerate(splits[split])), HUB_NAME, **COLUMNS)

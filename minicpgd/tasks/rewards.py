@@ -1,10 +1,8 @@
-r"""Rule-based rewards: a completion goes in, a number comes out, no model judges.
+r"""Rule-based rewards: functions from completions to numbers, without a model that judges.
 
-A reward function has the shape of TRL's: `f(prompts, completions, **columns) -> list[float]`, one number per
-completion, where the columns are those of the dataset beside `prompt`. One written for TRL's GRPOTrainer runs here
-unchanged, and the other way round.
-
-`REWARDS` are those that ship; `load_reward` reads `math`, `my_rewards:short`, and sums by weight of such.
+In: prompts, completions and the dataset's other columns. Out: one number per completion. The signature is TRL's,
+`f(prompts, completions, **columns) -> list[float]`, so TRL's GRPOTrainer can run these functions, and its functions run
+here. You may add functions to `REWARDS`, or bring your own as `my_rewards:short`.
 """
 
 import importlib
@@ -20,26 +18,25 @@ from minicpgd.tasks.math_answers import UnavailableError, same_value
 
 RewardFunction = Callable[..., list[float]]
 
-LARGEST = 1e15  # rewards are summed and squared in float32, which ends at 3e38
-_FINAL_ANSWER = re.compile(r"[^#]*#([^#]*)")
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` steps over `\{` and `\}`, which are letters
-_AFTER_BOX = re.compile(r"(?:[\s.,$*]|\\\]|\\\))*")  # what may close a sentence or a formula
+LARGEST = 1e15  # Rewards are summed and squared in float32, whose largest number is 3e38.
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` skips `\{` and `\}`, which are characters in LaTeX.
+_AFTER_BOX = re.compile(r"(?:[\s.,$*]|\\\]|\\\))*")  # the end of a sentence or of a formula
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 def final_answer(completion: str) -> str | None:
-    """What stands after the one `#` of a completion, stripped; None where there is no `#`, or more than one."""
-    match = _FINAL_ANSWER.fullmatch(completion.strip())
-    return match[1].strip() if match else None
+    """The text after the only `#` of a completion, stripped; None if there is no `#`, or more than one."""
+    parts = completion.split("#")
+    return parts[1].strip() if len(parts) == 2 else None
 
 
 def exact_answer(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1.0 where `final_answer` is the answer, to the letter; else 0.0. What chain_arithmetic is rewarded with."""
+    """The reward of chain_arithmetic: 1.0 where `final_answer` is exactly the answer; else 0.0."""
     return [float(final_answer(c) == a) for c, a in zip(completions, answer, strict=True)]
 
 
 def boxes(text: str) -> list[tuple[int, int]]:
-    r"""(start, end) of what each `\boxed{...}` holds, in the order they open; one that never closes is none."""
+    r"""(start, end) of the content of each closed `\boxed{...}`, in the order of the starts."""
     found, opened = [], []
     for match in _BRACES.finditer(text):
         if match[0].endswith("{") and match[0] != r"\{":
@@ -52,12 +49,12 @@ def boxes(text: str) -> list[tuple[int, int]]:
 
 
 def stated_answer(completion: str) -> str | None:
-    r"""The final answer: in the last `\boxed{}`, else on the line of the last `####`, else after the one `#`."""
+    r"""The final answer: in the last `\boxed{}`, else on the line of the last `####`, else after the only `#`."""
     return _marked(completion) or final_answer(completion) or None
 
 
 def reference_answer(answer: str) -> str:
-    r"""The final answer of a dataset's row, which may come with its reasoning, as `... #### 72` or `\boxed{72}`."""
+    r"""The final answer in a dataset's column, which may contain the reasoning, as `... #### 72` or `\boxed{72}`."""
     return _marked(answer) or answer
 
 
@@ -69,19 +66,18 @@ def _marked(text: str) -> str:
 
 
 def plain(answer: str) -> str:
-    """An answer without what does not change it: outer spaces, a trailing period, `$`, thousands commas."""
+    """An answer without outer spaces, a final period, `$` and thousands commas. They do not change it."""
     answer = answer.strip().removesuffix(".").removeprefix(r"\$").strip("$").strip()
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
 
 
 def is_solution(completion: str, answer: str) -> bool:
-    r"""Whether a completion's final answer is the reference, to the letter or in value, as `1/2`, `0.5`, `\frac{1}{2}`.
+    r"""Whether a completion's final answer equals the reference, exactly or in value, as `1/2`, `0.5`, `\frac{1}{2}`.
 
     Raises:
         MissingPackageError: math-verify is needed, and is not installed.
     """
-    stated = stated_answer(completion)
-    if stated is None:
+    if (stated := stated_answer(completion)) is None:
         return False
     stated, reference = plain(stated), plain(reference_answer(answer))
     try:
@@ -92,15 +88,14 @@ def is_solution(completion: str, answer: str) -> bool:
 
 
 def need_math_verify() -> None:
-    """Find out now, and not after the first rollout, whether `is_solution` can work. Raises MissingPackageError."""
+    """Raise MissingPackageError before the first rollout, if `is_solution` would raise it later."""
     is_solution("#1.0", "1")
 
 
 def exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1.0 where the final answer is the reference, to the letter, but for what `plain` takes away; else 0.0."""
-    stated = [stated_answer(completion) for completion in completions]
-    references = [plain(reference_answer(a)) for a in answer]
-    return [float(s is not None and plain(s) == r) for s, r in zip(stated, references, strict=True)]
+    """1.0 where the final answer and the reference are the same text after `plain`; else 0.0."""
+    stated, references = map(stated_answer, completions), map(reference_answer, answer)
+    return [float(s is not None and plain(s) == plain(r)) for s, r in zip(stated, references, strict=True)]
 
 
 def mathematical(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
@@ -109,134 +104,115 @@ def mathematical(prompts: Sequence[str], completions: Sequence[str], answer: Seq
 
 
 def one_box(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-    r"""1.0 where a response has one `\boxed{}`, it holds something, and ends the response; else 0.0."""
+    r"""1.0 where a response has one `\boxed{}`, which is not empty and ends the response; else 0.0."""
 
-    def follows(text: str) -> bool:
-        found = boxes(text)
-        return (
-            len(found) == text.count(r"\boxed") == 1
-            and bool(text[slice(*found[0])].strip())
-            and _AFTER_BOX.fullmatch(text, found[0][1] + 1) is not None
-        )
+    def ends_in_one_box(text: str) -> bool:
+        if len(found := boxes(text)) != 1 or text.count(r"\boxed") != 1:
+            return False
+        start, end = found[0]
+        return bool(text[start:end].strip() and _AFTER_BOX.fullmatch(text, end + 1))
 
-    return [float(follows(completion)) for completion in completions]
+    return [float(ends_in_one_box(completion)) for completion in completions]
 
 
 REWARDS: dict[str, RewardFunction] = {"exact": exact, "math": mathematical, "format": one_box}
 
 
 def load_reward(text: str) -> RewardFunction:
-    """What is written as `math`, `my_rewards:short_and_right`, or `math + 0.2*format`, to a reward function.
+    """Turn a text such as `math`, `my_rewards:short_and_right` or `math + 0.2*format` into a reward function.
 
-    A sum has parts with `+` between them; a part is a name, or a number, `*` and a name.
+    A sum has parts with `+` between them. A part is a name, or a number, `*` and a name.
 
     Raises:
-        ConfigError: a weight that is no number, a name that is not known, a module that cannot be imported or holds no
-            such function, or `math` without math-verify.
+        ConfigError: a weight is not a number, a name is unknown, a module cannot be imported or has no such function,
+            or `math` has no math-verify.
     """
     parts = []
     for part in text.split("+"):
         weight, star, name = (piece.strip() for piece in part.rpartition("*"))
-        parts.append((_weight(weight, text) if star else 1.0, name, _find(name, text)))
+        try:
+            factor = float(weight) if star else 1.0
+        except ValueError:
+            factor = math.nan
+        if not math.isfinite(factor):
+            hint = "write a number, * and a name, with + between the parts even before a negative number"
+            raise ConfigError(f"reward = {text!r}: {weight!r} is not a weight; {hint}, as 'math + 0.2*format'")
+        parts.append((factor, name, _find(name, text)))
     if len(parts) == 1 and parts[0][0] == 1.0:
         return parts[0][2]
 
     def weighted_sum(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-        rows = [
-            dict(zip(("prompt", *columns), row, strict=True)) for row in zip(prompts, *columns.values(), strict=True)
-        ]
         totals = [0.0] * len(completions)
-        for weight, name, function in parts:
-            rewards = call_reward(function, rows, completions, name)
-            totals = [total + weight * reward for total, reward in zip(totals, rewards, strict=True)]
+        for factor, name, function in parts:
+            rewards = _call(name, function, prompts, completions, columns)
+            totals = [total + factor * reward for total, reward in zip(totals, rewards, strict=True)]
         return totals
 
-    weighted_sum.__name__ = text  # TRL logs a reward under this
+    weighted_sum.__name__ = text  # TRL logs a reward under this name.
     return weighted_sum
 
 
-def _weight(weight: str, text: str) -> float:
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ConfigError(
-            f"reward = {text!r}: {weight!r} is not a weight; write a number, * and a name, with + between the parts "
-            "even before a negative number, as 'math + 0.2*format'"
-        )
-    return value
-
-
 def _find(name: str, text: str) -> RewardFunction:
+    if name == "math":
+        need_math_verify()
     if name in REWARDS:
-        if name == "math":
-            need_math_verify()
         return REWARDS[name]
     module_name, colon, function_name = name.partition(":")
     if not colon:
-        raise ConfigError(
-            f"reward = {text!r}: there is no reward {name!r}; {did_you_mean(name, REWARDS)}"
-            f"choose from {', '.join(REWARDS)}, or write your own as module:function, e.g. my_rewards:short_and_right"
-        )
+        hint = f"{did_you_mean(name, REWARDS)}choose from {', '.join(REWARDS)}, or write your own as module:function"
+        raise ConfigError(f"reward = {text!r}: there is no reward {name!r}; {hint}, e.g. my_rewards:short_and_right")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, ValueError) as error:  # ValueError: no module name at all
-        raise ConfigError(f"reward = {text!r}: {error}; is the module's folder on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise ConfigError(f"reward = {text!r}: {error}") from error
-    except (Exception, SystemExit) as error:  # the module's own, a syntax error say
-        raise ConfigError(f"reward = {text!r}: {describe_error(error)}") from error
+    except (Exception, SystemExit) as error:  # A module runs its own code. An impossible name raises ValueError.
+        hint = "; is the module's folder on PYTHONPATH?" if isinstance(error, ImportError | ValueError) else ""
+        raise ConfigError(f"reward = {text!r}: {describe_error(error)}{hint}") from error
     if not callable(function):
         raise ConfigError(f"reward = {text!r}: {function_name} is not a function")
     return function
 
 
-def call_reward(
-    function: RewardFunction, rows: Sequence[dict], completions: Sequence[str], name: str | None = None
-) -> list[float]:
-    """Call a reward function on B completions of B dataset rows, and check what it returns.
-
-    Args:
-        name: the function's name in messages; by default `module:function`.
-
-    Returns:
-        B finite floats.
+def call_reward(function: RewardFunction, rows: Sequence[dict], completions: Sequence[str]) -> list[float]:
+    """Call a reward function on B completions of B dataset rows, and check that it returns B finite numbers.
 
     Raises:
-        UserError: the function raised, or returned another number of rewards, or one that is not a finite number. For
-            a sum, the line names the part.
+        UserError: the function raised an error, or returned another number of rewards, or one that is not a finite
+            number. For a sum, the line names the part.
     """
-    name = name or f"{getattr(function, '__module__', '?')}:{getattr(function, '__name__', type(function).__name__)}"
+    name = f"{getattr(function, '__module__', '?')}:{getattr(function, '__name__', type(function).__name__)}"
     columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return _call(name, function, columns.pop("prompt"), completions, columns)
+
+
+def _call(
+    name: str, function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, Any]
+) -> list[float]:
     try:
-        returned = function(prompts=columns.pop("prompt"), completions=list(completions), **columns)
+        returned = function(prompts=prompts, completions=list(completions), **columns)
         if isinstance(returned, str | bytes | Mapping | Set):
             raise TypeError(f"{type(returned).__name__!r} returned, not a list of numbers")
         rewards = list(itertools.islice(returned, len(completions) + 1))  # A generator may never end.
         numbers = [_number(reward) for reward in rewards]
-    except UserError:  # A part of a sum has already been reported under its own name.
+    except UserError:  # A part of a sum has raised it, under the name of the part.
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f"reward function {name} raised {describe_error(error)}") from error
     if len(rewards) != len(completions):
-        count = len(rewards) if len(rewards) < len(completions) else "more"
-        raise UserError(
-            f"reward function {name} returned {count} rewards for {len(completions)} completions; it has to return one "
-            "each"
+        counts = (
+            f"{len(rewards) if len(rewards) < len(completions) else 'more'} rewards for {len(completions)} completions"
         )
+        raise UserError(f"reward function {name} returned {counts}; it has to return one each")
     for completion, reward, number in zip(completions, rewards, numbers, strict=True):
         if not abs(number) <= LARGEST:
+            pair = f"{short_repr(reward)} for {short_repr(completion)}"
             raise UserError(
-                f"reward function {name} returned {short_repr(reward)} for {short_repr(completion)}; "
-                f"a finite number is needed, of {LARGEST:g} at most"
+                f"reward function {name} returned {pair}; a finite number is needed, of {LARGEST:g} at most"
             )
     return numbers
 
 
 def _number(reward: Any) -> float:
     """A reward as a float, or NaN. As in TRL, it may be a tensor or an element of an array."""
-    if getattr(reward, "numel", lambda: 0)() == 1:  # a tensor
+    if getattr(reward, "numel", lambda: 0)() == 1:  # A tensor has it.
         reward = reward.item()
     try:
         return float(reward) if isinstance(reward, Real) else math.nan

@@ -1,7 +1,7 @@
-"""Tasks: where problems come from, and which answers are right.
+"""Tasks: where problems come from, and which responses are right.
 
-A task is an object with the members of `Task`; `TASKS` names those that ship. A problem is a dataset row: a dict
-with `prompt` and whatever columns the reward needs.
+In: the name of a task, with the data and the instruction of some settings. Out: an object with the members of `Task`. A
+problem is a dataset row: a dict with `prompt` and the columns that the reward needs. You may add a class to `TASKS`.
 """
 
 import random
@@ -16,65 +16,54 @@ from minicpgd.tasks.rewards import RewardFunction
 
 
 class Task(Protocol):
-    """What the training loop asks of a task."""
+    """What the training loop needs from a task. `get_task` explains the arguments of the constructor."""
 
     reward: RewardFunction
 
-    def __init__(self, data: str | None, instruction: str | None) -> None:
-        """Load the problems.
-
-        Args:
-            data: a local file or folder, for the tasks that take one.
-            instruction: added below each problem, in place of the task's own; "" for none.
-        """
-        ...
+    def __init__(self, data: str | None, instruction: str | None) -> None: ...
 
     @staticmethod
     def source(data: str | None) -> str:
-        """In one line, where the problems come from; nothing is loaded. Raises UserError where they are not."""
-        ...
+        """Say in one line where the problems come from, without loading them. Raises UserError if there are none."""
 
     def sample(self, num_problems: int, rng: random.Random) -> list[dict[str, str]]:
-        """Fresh training problems, decided by `rng` alone."""
-        ...
+        """Fresh training problems, which depend on `rng` alone."""
 
     def held_out(self, num_problems: int, seed: int = 0) -> list[dict[str, str]]:
         """A fixed evaluation set, disjoint from everything that `sample` can return."""
-        ...
 
     def is_correct(self, problem: dict[str, str], completion: str) -> bool:
-        """Whether a completion is right: accuracy counts this, whatever a run is rewarded for."""
-        ...
+        """Whether a response counts as right in the accuracy. The reward of a run may differ."""
 
 
 TASKS: dict[str, type[Task]] = {"chain_arithmetic": ChainArithmetic, "gsm8k": Gsm8k, "jsonl": Jsonl}
 
 
 def load_task(settings: TaskSettings) -> Task:
-    """The task that some settings name, with its data."""
+    """Load the task that these settings name; see `get_task`."""
     return get_task(settings.task, data=settings.data, instruction=settings.instruction)
 
 
 def describe_data(settings: TaskSettings) -> str:
-    """In one line, where a run's problems will come from; nothing is loaded or downloaded.
+    """Say in one line where a run's problems will come from, without loading them.
 
     Raises:
         ConfigError: there is no such task.
-        UserError: `settings.data` is not there.
+        UserError: there is no such data.
     """
     return _task_class(settings.task).source(settings.data)
 
 
 def get_task(name: str, *, data: str | None = None, instruction: str | None = None) -> Task:
-    """The task of this name.
+    """Load the task of this name.
 
     Args:
         data: a local file or folder, for the tasks that take one.
-        instruction: added below each problem, in place of the task's own.
+        instruction: added below each problem, in place of the task's own; "" for none.
 
     Raises:
-        ConfigError: there is none; the line names those there are.
-        UserError: its data cannot be had, or cannot be used.
+        ConfigError: there is no such task.
+        UserError: its data cannot be found or used.
     """
     return _task_class(name)(data, instruction)
 

@@ -26,7 +26,6 @@ from minicpgd.files import parse_json, write_atomically
 
 KEEP = 2
 EXTRA = {"drift_coef"}  # The values that a header has beside the step.
-Kind = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ def save_checkpoint(
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= _moments(i, optimizer.state.get(parameter, {}))
     header = {"step": step, "extra": extra}
-    header["digest"] = _digest(tensors, header)
+    metadata = {"minicpgd": json.dumps(header | {"digest": _digest(tensors, header)})}
     path = folder / _name(step)
     folder.mkdir(exist_ok=True)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"minicpgd": json.dumps(header)}))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     for old in _newest_first(folder)[KEEP:]:
         old.unlink()
     return path
@@ -68,7 +67,8 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
             step, extra = header["step"], header["extra"]
             if path.name != _name(step):
                 raise ValueError(f"it says that it is of step {short_repr(step)}")
-            if not isinstance(extra, dict) or extra.keys() != EXTRA or not all(map(_is_finite, extra.values())):
+            has_names = isinstance(extra, dict) and extra.keys() == EXTRA
+            if not has_names or not all(type(v) in (int, float) and abs(v) < math.inf for v in extra.values()):
                 raise ValueError(f"its extra values are {short_repr(extra)}")
             return Checkpoint(path, step, tensors, extra)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -107,21 +107,17 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def _check_fits(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Check that the tensors are exactly those that `save_checkpoint` would write for these.
-
-    A parameter that has had no gradient yet has no moments.
-    """
+    """Check that the tensors are exactly those that `save_checkpoint` would write for these."""
     found = {name: _kind(tensor) for name, tensor in checkpoint.tensors.items()}
     wanted = {f"model.{name}": _kind(p) for name, p in model.named_parameters() if p.requires_grad}
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        if any(name.startswith(f"optimizer.{i}.") for name in found):
+        if any(name.startswith(f"optimizer.{i}.") for name in found):  # A parameter without gradients has no moments.
             wanted |= {name: _kind(value) for name, value in _moments(i, _first_moments(parameter, optimizer)).items()}
     for name in sorted(found | wanted):
-        if found.get(name) != wanted.get(name):
-            raise UserError(
-                f"{checkpoint.path}: not of this model and this optimizer: {name} is {_words(found.get(name))}, not "
-                f"{_words(wanted.get(name))}; remove the file to go on from the one before"
-            )
+        kind, wanted_kind = found.get(name, "none"), wanted.get(name, "none")
+        if kind != wanted_kind:
+            problem = f"not of this model and this optimizer: {name} is {kind}, not {wanted_kind}"
+            raise UserError(f"{checkpoint.path}: {problem}; remove the file to go on from the one before")
 
 
 def _first_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -139,16 +135,8 @@ def _moments(i: int, moments: dict[str, Any]) -> dict[str, Tensor]:
     return {f"optimizer.{i}.{n}": v.clone() if n.startswith("qmap") else torch.as_tensor(v) for n, v in moments.items()}
 
 
-def _kind(tensor: Tensor) -> Kind:
-    return tensor.dtype, tuple(tensor.shape)
-
-
-def _words(kind: Kind | None) -> str:
-    return f"{kind[0]} {kind[1]}".removeprefix("torch.") if kind else "none"
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
 
 
 def _name(step: int) -> str:

@@ -42,7 +42,6 @@ def evaluate(
     Args:
         run_or_model: a finished run's folder, "embedded", a model folder, a hub name, or a `Policy`.
         task: name of a task; by default the run's, else chain_arithmetic.
-        num_samples: sampled responses per problem.
         max_completion_length: tokens; by default the run's, else 64.
         seed: chooses the problems and the samples.
 
@@ -54,11 +53,7 @@ def evaluate(
         UserError: there is no such model, the run has not finished, or a number is out of range.
     """
     Range(1, MAX_TOKENS).check("num_samples", num_samples)
-    config = TrainConfig()
-    if isinstance(run_or_model, Policy):
-        policy = run_or_model
-    else:
-        policy, config = open_policy(run_or_model)
+    policy, config = (run_or_model, TrainConfig()) if isinstance(run_or_model, Policy) else open_policy(run_or_model)
     chosen = load_task(config) if task in (None, config.task) else get_task(task)
     length = max_completion_length or config.max_completion_length
     settings = SamplingSettings(length, temperature, rollout_batch_size=config.rollout_batch_size)
@@ -101,11 +96,9 @@ def respond(
     greedy: bool = False,
     seed: int = 0,
 ) -> tuple[Rollout, torch.Tensor]:
-    """Answer held-out problems, with `num_samples` samples each, or greedily.
+    """Answer held-out problems, with `num_samples` samples each, or greedily; `seed` as in `evaluate`.
 
-    Args:
-        settings: `top_k` and `top_p` are not used: evaluations sample from the whole distribution.
-        seed: chooses the problems and the samples.
+    The samples come from the whole distribution: `top_k` and `top_p` of the settings are not used.
 
     Returns:
         The rollout, and a bool tensor (problems, num_samples): which responses are right. There are fewer problems than
@@ -117,13 +110,7 @@ def respond(
     Range(1, MAX_TOKENS / settings.max_completion_length / num_samples).check("num_problems", num_problems)
     SEEDS.check("seed", seed)
     problems = task.held_out(num_problems, seed)
-    rollout = generate(
-        policy,
-        [problem["prompt"] for problem in problems],
-        num_samples,
-        settings.without_limits(),
-        generator=torch.Generator(policy.device).manual_seed(seed),
-        greedy=greedy,
-    )
+    prompts, generator = [p["prompt"] for p in problems], torch.Generator(policy.device).manual_seed(seed)
+    rollout = generate(policy, prompts, num_samples, settings.without_limits(), generator=generator, greedy=greedy)
     right = [task.is_correct(problems[i // num_samples], text) for i, text in enumerate(rollout.completions)]
     return rollout, torch.tensor(right).view(-1, num_samples)

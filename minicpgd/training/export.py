@@ -1,7 +1,7 @@
 r"""Export: add the adapter into the model's weights, for programs that know nothing of adapters.
 
-The result is $W + \frac{\alpha}{r}BA$ in full precision. A run in 4 bit never saw the published $W$, but a rounded copy.
-So there are two weights to add to:
+The result is $W + \frac{\alpha}{r}BA$ in full precision. A run in 4 bit saw a rounded copy of $W$, never the published
+one. So there are two weights to add to:
 
 - `dequantised`: the rounded weights, written out in full. The result computes what was trained, to the last digits.
 - `full`: the weights as published. The adapter was not made for them.
@@ -24,10 +24,9 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minicpgd.config import MAX_TOKENS, TrainConfig
+from minicpgd.config import MAX_TOKENS
 from minicpgd.errors import Range, UserError
 from minicpgd.models.policy import Policy, load_policy
-from minicpgd.models.sampling import Rollout
 from minicpgd.tasks import load_task
 from minicpgd.training.evaluation import open_policy, respond
 
@@ -38,11 +37,11 @@ Base = Literal["full", "dequantised"]
 class ExportReport:
     """How far the exported model is from the trained one, on greedy answers of the trained one to held-out problems.
 
-    Log-probabilities in nats: absolute differences over the answers' tokens. Shares of 1.
+    The differences are those of log-probabilities, absolute, in nats, over the answers' tokens. Shares are of 1.
     """
 
-    rounding: float  # the largest, between adding the adapter's output and adding it into the weights
-    mean_difference: float  # the mean, to the model as it was trained
+    rounding: float  # the largest difference between adding the adapter's output and adding it into the weights
+    mean_difference: float  # the mean difference to the model as it was trained
     same_answers: float  # share of problems with the same text
     accuracy_trained: float
     accuracy_exported: float
@@ -50,13 +49,10 @@ class ExportReport:
 
 
 def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems: int = 64) -> ExportReport:
-    """Merge a run's adapter into its model, save that, and measure the difference.
+    """Merge a run's adapter into its model, save the result in a new folder, and measure the difference.
 
     Args:
-        run: a finished run that trained an adapter.
-        folder: where the model goes; must not exist yet.
-        base: the weights to add to; see above. Of a run that was not in 4 bit they are the same.
-        num_problems: held-out problems that both models answer.
+        base: the weights to add to; see above. For a run that was not in 4 bit they are the same.
 
     Raises:
         UserError: the run trained no adapter or has not finished, or the folder exists.
@@ -69,23 +65,23 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
     Range(1, MAX_TOKENS).check("num_problems", num_problems)
     if folder.exists():
         raise UserError(f"folder = {str(folder)!r} exists already: choose another")
-    answers, right = _answers(trained, config, num_problems)
+    task = load_task(config)
+    answers, right = respond(trained, task, num_problems, config, greedy=True)
     score = partial(answers.score, size=config.micro_batch_size, tokens=config.micro_batch_tokens)
     before = score(trained.model.eval())
     weights = dequantised(trained.peft.get_base_model()) if base == "dequantised" and config.load_in_4bit else {}
     del trained
     gc.collect()  # Adapters refer to themselves, and a card holds only one of the two models.
 
-    policy = load_policy(
-        replace(config, load_in_4bit=False, beta=0.0, dtype="float32"), adapter=run / config.weights_folder
-    )
+    in_float32 = replace(config, load_in_4bit=False, beta=0.0, dtype="float32")
+    policy = load_policy(in_float32, adapter=run / config.weights_folder)
     for name, module in policy.peft.get_base_model().named_modules():
         if name in weights:
             getattr(module, "base_layer", module).weight.data.copy_(weights.pop(name))
     apart = score(policy.model.eval())
     merged = Policy(policy.peft.merge_and_unload(), policy.tokenizer, chat_template=policy.chat_template)
     together = score(merged.model.eval())
-    again, right_again = _answers(merged, config, num_problems)
+    again, right_again = respond(merged, task, num_problems, config, greedy=True)
     merged.save(folder)
 
     mask = answers.mask
@@ -105,8 +101,3 @@ def dequantised(model: PreTrainedModel) -> dict[str, Tensor]:
 
     quantised = {name: m.weight for name, m in model.named_modules() if hasattr(m, "quant_state")}
     return {n.removesuffix(".base_layer"): dequantize_4bit(w.data, w.quant_state).cpu() for n, w in quantised.items()}
-
-
-def _answers(policy: Policy, config: TrainConfig, num_problems: int) -> tuple[Rollout, Tensor]:
-    """The greedy answers to held-out problems, and which of them are right."""
-    return respond(policy, load_task(config), num_problems, config, greedy=True)

@@ -36,15 +36,10 @@ class Callbacks:
 
 
 def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = Callbacks()) -> Path:  # noqa: B008 (frozen)
-    """Train, from the start or from the newest intact checkpoint of `config.folder`.
+    """Train, from the start or from the newest intact checkpoint of `config.folder`, and return that folder.
 
     Args:
         config: what to run. With `resume` it has to be the run's own, from its folder; only `max_steps` may be larger.
-        callbacks: they learn of every step, and can stop the run.
-
-    Returns:
-        The run's folder; see `run_folder.py` for its files. The folder `model/` (`adapter/`, with LoRA) exists once the
-        run has ended.
 
     Raises:
         UserError: something cannot be loaded, resumed or written, a reward function fails, or the run's folder exists.
@@ -81,28 +76,24 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
 def _restore_newest(learner: Learner, run: RunFolder, callbacks: Callbacks) -> tuple[int, Path | None]:
     """Restore the newest intact checkpoint, and remove what was logged and saved after it.
 
-    Returns:
-        The next step, and the checkpoint's path, if there is one. The same comes out of the steps that are made again.
+    Return the next step, and the checkpoint's path, if there is one. A step that is made again gives the same result.
     """
     checkpoint = load_checkpoint(run.checkpoints, callbacks.on_warning)
+    last, path = (checkpoint.step, checkpoint.path) if checkpoint else (-1, None)
+    if last > run.config.max_steps:
+        raise UserError(f"{path}: its step is after max_steps = {run.config.max_steps}; it is not of this run")
     if checkpoint:
-        if checkpoint.step > run.config.max_steps:
-            raise UserError(
-                f"{checkpoint.path}: its step is after max_steps = {run.config.max_steps}; it is not of this run"
-            )
         restore(checkpoint, learner.policy.model, learner.optimizer)
         learner.drift_coef = checkpoint.extra["drift_coef"]
     elif run.has_begun:
         callbacks.on_warning(f"{run.checkpoints}: no checkpoint is intact; the run begins again, from step 0")
-    last = checkpoint.step if checkpoint else -1
     if missing := run.truncate_after(last):
-        callbacks.on_warning(
-            f"{run.folder / 'metrics.jsonl'}: the line of step {missing[0]} is missing ({len(missing)} in all)"
-        )
+        lost = f"the line of step {missing[0]} is missing ({len(missing)} in all)"
+        callbacks.on_warning(f"{run.folder / 'metrics.jsonl'}: {lost}")
     remove_newer(run.checkpoints, checkpoint)
     if checkpoint:
         callbacks.on_resume(last)
-    return last + 1, checkpoint.path if checkpoint else None
+    return last + 1, path
 
 
 @contextmanager
@@ -113,7 +104,6 @@ def _one_line_for_disk_errors(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        hint = "choose another with --output-dir"
-        if (folder / "config.json").exists():
-            hint = f"its files are intact. Once it can be written, continue with {resume_command(folder)}"
+        later = f"its files are intact. Once it can be written, continue with {resume_command(folder)}"
+        hint = later if (folder / "config.json").exists() else "choose another with --output-dir"
         raise UserError(f"{folder}: cannot be written ({error}); {hint}") from error

@@ -92,12 +92,7 @@ def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, con
 def before_training(
     rollout: Rollout, rewards: Sequence[float], right: Tensor, greedy_accuracy: float
 ) -> dict[str, float]:
-    """Step 0: a sampled response to each held-out problem, and the greedy accuracy.
-
-    Args:
-        rewards: one per response.
-        right: any shape, whether each sampled response is right.
-    """
+    """The metrics of step 0, from samples for the held-out problems; `right`, of any shape, judges each sample."""
     return {
         "reward": float(np.mean(rewards)),
         "accuracy": right.double().mean().item(),
@@ -136,6 +131,4 @@ def sample_rows(step: int, experience: Experience) -> list[dict]:
 
 def pass_rows(step: int, passes: Sequence[Pass]) -> list[dict]:
     """Ratios, KL and clipped shares of each pass, as rows of passes.jsonl; passes count from 1."""
-    return [
-        {"step": step, "pass": number, **token_metrics(seen.outputs)} for number, seen in enumerate(passes, start=1)
-    ]
+    return [{"step": step, "pass": number, **token_metrics(seen.outputs)} for number, seen in enumerate(passes, 1)]

@@ -37,7 +37,10 @@ LOGS = ("metrics", "timings", "samples", "passes")
 
 
 class Run(NamedTuple):
-    """What `load_run` returns."""
+    """What `load_run` returns. Each metric is a float array with a value per step, NaN where the step has none.
+
+    The metric `step` starts at 0, the model before training.
+    """
 
     config: TrainConfig
     metrics: dict[str, np.ndarray]
@@ -47,19 +50,14 @@ class Run(NamedTuple):
 def load_run(path: str | Path) -> Run:
     """Read a run's folder.
 
-    Returns:
-        (config, metrics, samples): `metrics` maps each name to a float array with one value a step, `nan` where that
-        step has none; its column `step` starts at 0, the model before training.
-
     Raises:
         UserError: there is no such run, or a log has a line that is not its own; the message names file and line.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a run: there is no config.json in it")
-    return Run(
-        load_config(folder / "config.json"), _columns(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
-    )
+    config, metrics = load_config(folder / "config.json"), _columns(folder / "metrics.jsonl")
+    return Run(config, metrics, read_lines(folder / "samples.jsonl"))
 
 
 def load_timings(path: str | Path) -> dict[str, np.ndarray]:
@@ -123,9 +121,8 @@ def refuse_existing(folder: Path) -> None:
         ConfigError: the run's folder exists already.
     """
     if folder.exists():
-        raise ConfigError(
-            f"output_dir = {str(folder)!r} exists already: continue it with {resume_command(folder)}, or choose another"
-        )
+        hint = f"continue it with {resume_command(folder)}, or choose another"
+        raise ConfigError(f"output_dir = {str(folder)!r} exists already: {hint}")
 
 
 @dataclass(frozen=True)
@@ -149,9 +146,8 @@ class RunFolder:
         try:
             config.save(temporary / "config.json")
             temporary.rename(folder)
-        except OSError:
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
         return cls(folder, config)
 
     @classmethod
@@ -170,9 +166,8 @@ class RunFolder:
         if config.max_steps < stored.max_steps:
             changed.append(f"max_steps was {stored.max_steps}, is {config.max_steps}")
         if changed:
-            raise ConfigError(
-                f"cannot resume {folder} with other settings: {'; '.join(changed)} (only max_steps may grow)"
-            )
+            changes = "; ".join(changed)
+            raise ConfigError(f"cannot resume {folder} with other settings: {changes} (only max_steps may grow)")
         if config != stored:
             write_atomically(folder / "config.json", config.save)
         return cls(folder, config)
@@ -201,11 +196,7 @@ class RunFolder:
             raise UserError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from error
 
     def truncate_after(self, step: int) -> list[int]:
-        """Remove the lines of all steps after `step`, because these steps are made again.
-
-        Returns:
-            The steps until then that have no line in the metrics, for example after an error of the disk.
-        """
+        """Remove the lines of all later steps, and return the steps until then that have no line in the metrics."""
         paths = [self.folder / f"{name}.jsonl" for name in LOGS]
         logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
         for path, rows in zip(paths, logs, strict=True):

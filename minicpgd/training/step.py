@@ -6,15 +6,14 @@ begin there.
 
 K = `num_iterations` * `num_minibatches` updates are made on one rollout. At the first of them
 $\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift has neither value nor gradient, and all surrogates
-have the same gradient. The algorithms differ in how far K and the learning rate can be raised before the policy collapses.
-
-All randomness of a step is decided by (seed, step). So any step can be repeated, and a killed run goes on bit for bit
-from its newest checkpoint.
+have the same gradient. The algorithms differ in how far K and the learning rate can be raised before the policy
+collapses.
 """
 
 import random
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -44,11 +43,7 @@ class Generators(NamedTuple):
 
 
 def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Generators:
-    """Seed everything that a step draws from (seed, step) alone, torch's global generator too.
-
-    Args:
-        device: the policy's, where tokens are drawn.
-    """
+    """Seed all that a step draws from (seed, step), torch's global generator too. Tokens are drawn on `device`."""
     words = [int(word) for word in np.random.SeedSequence([seed, step]).generate_state(4)]
     torch.manual_seed(words[3])  # Dropout, where a model keeps it, draws from the global generator.
     tokens = torch.Generator(device).manual_seed(words[1])
@@ -74,10 +69,7 @@ class Learner:
         reward = load_reward(config.reward) if config.reward is not None else task.reward
         policy = load_policy(config, with_reference=config.beta > 0)
         policy.model.train()
-        trained = [p for p in policy.model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(
-            config.optim, trained, config.learning_rate, adapter=policy.peft is not None, device=policy.device
-        )
+        optimizer = make_optimizer(config, policy.model)
         drift_coef = 1.0 if config.drift_coef == "auto" else config.drift_coef
         return cls(config, config.row, task, reward, policy, optimizer, drift_coef)
 
@@ -101,13 +93,12 @@ class Learner:
             with self.policy.reference() as reference:
                 ref_logp = self.score(rollout, reference)
             if self.algorithm.reference_kl == "reward":
-                compared = rewards - config.beta * (rollout.logp - ref_logp).sum(dim=1).view(groups)  # k1 per response
+                compared = rewards - config.beta * (rollout.logp - ref_logp).sum(dim=1).view(groups)  # This is k1.
 
         # Compare the responses to each problem with each other.
         advantages = self.algorithm.advantages(compared, rollout.lengths.view(groups))
-        drift_coef = self.drift_coef
-        if config.drift_coef == "auto":
-            drift_coef = auto_drift_coef(advantages, previous=drift_coef)
+        is_auto = config.drift_coef == "auto"
+        drift_coef = auto_drift_coef(advantages, previous=self.drift_coef) if is_auto else self.drift_coef
         return Experience(problems, rollout, rewards, advantages, drift_coef, ref_logp)
 
     def step(self, step: int) -> StepLog:
@@ -130,20 +121,13 @@ class Learner:
         return StepLog(values, timings)
 
     def train_pass(self, experience: Experience, order: torch.Generator) -> Pass:
-        """Use a rollout once, in random order, with one update for each of `num_minibatches` minibatches.
-
-        Args:
-            order: decides which responses form a minibatch.
-        """
+        """Use a rollout once, with one update for each minibatch; `order` decides which responses form a minibatch."""
         order_of_responses = torch.randperm(len(experience.problems), generator=order)
         minibatches = order_of_responses.to(self.policy.device).chunk(self.config.num_minibatches)
         return Pass.from_updates([self.update(experience, rows) for rows in minibatches])
 
     def update(self, experience: Experience, rows: Tensor) -> tuple[list[LossOutput], float]:
-        """One optimizer step on some responses, in micro-batches.
-
-        Args:
-            rows: (b,) indices of the minibatch's responses.
+        """One optimizer step on some responses, in micro-batches; `rows` are their indices, (b,).
 
         Returns:
             The loss of each micro-batch (the minibatch's loss is their sum), and the gradient's norm before clipping.
@@ -162,17 +146,11 @@ class Learner:
                 part = rows[places]
                 ids, attention, t = rollout.inputs(part)
                 logp, _ = token_logprobs(model, ids, attention, t, config.temperature, config.chunk_size)
-                output = self.algorithm.loss(
-                    logp,
-                    rollout.logp[part, :t],
-                    advantages[part],
-                    mask[part, :t],
-                    settings,
-                    ref_logp=None if experience.ref_logp is None else experience.ref_logp[part, :t],
-                    token_weights=weights[places, :t],
-                )
+                inputs = (rollout.logp[part, :t], advantages[part], mask[part, :t], settings)
+                ref_logp = None if experience.ref_logp is None else experience.ref_logp[part, :t]
+                output = self.algorithm.loss(logp, *inputs, ref_logp=ref_logp, token_weights=weights[places, :t])
                 (scale * output.loss).backward()
-                # Without its graph: the graph's small nodes would keep freed memory from being returned.
+                # Drop the graph. Its small nodes would keep freed memory from being returned.
                 outputs.append(replace(output, loss=output.loss.detach()))
             if scale != 1:
                 for parameter in parameters:
@@ -198,10 +176,6 @@ class Learner:
     def score(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
         r"""(B, T) log-probabilities of a rollout's tokens, nats, 0 at padding: under $\pi_\theta$, or another model."""
         config = self.config
-        return rollout.score(
-            model or self.policy.model,
-            size=config.micro_batch_size or max(1, len(rollout.lengths) // config.num_minibatches),
-            tokens=config.micro_batch_tokens,
-            temperature=config.temperature,
-            chunk_size=config.chunk_size,
-        )
+        size = config.micro_batch_size or max(1, len(rollout.lengths) // config.num_minibatches)
+        score = partial(rollout.score, temperature=config.temperature, chunk_size=config.chunk_size)
+        return score(model or self.policy.model, size=size, tokens=config.micro_batch_tokens)

@@ -1,7 +1,7 @@
-"""Our losses and advantages against TRL's own: same tensors in, same loss and gradient out.
+"""Our losses and advantages agree with TRL's own: the same tensors give the same loss and gradient.
 
-TRL's losses live in its trainers, so real ones are asked: `_compute_loss`, with log-probabilities of ours in place of a
-model's, and the whole of `_generate_and_score_completions`, with rewards of ours, for the advantages.
+TRL's losses are methods of its trainers, so the tests use real trainers. `_compute_loss` gets our log-probabilities in
+place of a model's. The advantages come from the whole of `_generate_and_score_completions`, with our rewards.
 """
 
 from functools import cache
@@ -14,17 +14,23 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from minicpgd import ALGORITHMS
-from minicpgd.divergence import k3
-from minicpgd.policy import EMBEDDED
+from minicpgd.algorithms.divergence import k3
+from minicpgd.models import EMBEDDED
 
 trl = pytest.importorskip("trl", reason="needs the extra trl: pip install -e '.[trl]'")
 
 PROMPTS, GROUP = 4, 6
 
 
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    """A trainer creates its folder in the current one."""
+    monkeypatch.chdir(tmp_path)
+
+
 @cache
 def trainer_of(kind: str = "GRPO", **settings):
-    """A trainer of TRL's, on the embedded model; `trainer.rewards` is what its reward function will say next."""
+    """Return a trainer of TRL's, on the embedded model. Its reward function returns `trainer.rewards`."""
     config = {
         "use_cpu": True,
         "bf16": False,
@@ -53,12 +59,12 @@ def trainer_of(kind: str = "GRPO", **settings):
 
 
 def theirs(case, ref_logp=None, tokens_of_rollout=None, **settings):
-    """Loss and gradient of TRL's trainer with these settings, on a case's tensors."""
+    """Return loss and gradient of TRL's trainer with these settings, on a case's tensors."""
     trainer = trainer_of(**settings)
-    some = torch.ones(len(case.mask), 1, dtype=torch.long)
+    ones = torch.ones(len(case.mask), 1, dtype=torch.long)
     inputs = {
-        "prompt_ids": some,
-        "prompt_mask": some,
+        "prompt_ids": ones,
+        "prompt_mask": ones,
         "completion_ids": torch.ones_like(case.mask, dtype=torch.long),
         "completion_mask": case.mask.long(),
         "advantages": case.advantages,
@@ -96,22 +102,22 @@ LOSSES = {
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("reach", ["far", "inside"])
 @pytest.mark.parametrize("which", LOSSES)
-def test_a_loss_and_its_gradient_are_trls(which, reach, seed):
+def test_a_loss_and_its_gradient_agree_with_trl(which, reach, seed):
     name, our_settings, their_settings = LOSSES[which]
     case = make(seed, reach)
-    # a ratio of whole responses reaches e^28, and float32 knows an exponent of 28 to two millionths
+    # The ratio of a whole response can be e^28, and in float32 an exponent of 28 has an error of two millionths.
     tolerance = 1e-5 if (which, reach) == ("rloo, per response", "far") else 1e-6
     assert agree(ours(name, case, **our_settings), theirs(case, **their_settings), tolerance)
 
 
 def reference(case, seed):
-    """(B, T) log-probabilities of a third policy."""
+    """Return the log-probabilities (B, T) of a third policy."""
     noise = torch.randn(case.logp.shape, generator=torch.Generator().manual_seed(seed))
     return (case.logp + 0.7 * noise).clamp(max=0)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_kl_to_a_reference_is_trls_without_its_correction(seed):
+def test_the_kl_to_a_reference_agrees_with_trl_without_its_correction(seed):
     case = make(seed)
     ref_logp = reference(case, seed)
     settings = {"loss_type": "grpo", "beta": 0.3, "use_bias_correction_kl": False}
@@ -119,7 +125,7 @@ def test_the_kl_to_a_reference_is_trls_without_its_correction(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_trl_multiplies_the_kl_by_the_ratio_unless_told_otherwise(seed):
+def test_trl_multiplies_the_kl_by_the_ratio_by_default(seed):
     case = make(seed, "inside")
     ref_logp = reference(case, seed)
 
@@ -133,31 +139,32 @@ def test_trl_multiplies_the_kl_by_the_ratio_unless_told_otherwise(seed):
     assert not agree(ours("grpo", case, beta=0.3, ref_logp=ref_logp), trls, tolerance=1e-2)
 
 
-def test_trls_cispo_caps_the_weight_at_epsilon_high_itself_not_at_1_plus_it():
+def test_the_weight_of_trls_cispo_is_at_most_epsilon_high_and_ours_1_plus_epsilon_high():
     case = make(0)
     trls = theirs(case, loss_type="cispo", epsilon_high=0.28)
     assert not agree(ours("cispo", case, epsilon_high=0.28), trls, tolerance=0.1)
     assert agree(ours("cispo", case, epsilon_high=0.28 - 1), trls)
 
 
-def test_what_trl_does_unless_told_otherwise():
+def test_the_defaults_of_trl():
+    """TRL's "GRPO" has DAPO's mean over tokens, and no weight of its CISPO is above 0.2."""
     case = make(0)
-    assert agree(ours("grpo", case, aggregation="token_mean"), theirs(case))  # "GRPO", with DAPO's mean over tokens
-    assert agree(ours("cispo", case, epsilon_high=0.2 - 1), theirs(case, loss_type="cispo"))  # no weight above 0.2
+    assert agree(ours("grpo", case, aggregation="token_mean"), theirs(case))
+    assert agree(ours("cispo", case, epsilon_high=0.2 - 1), theirs(case, loss_type="cispo"))
 
 
 @pytest.mark.parametrize(("name", "epsilon_high"), [("dapo", 0.28), ("cispo", 1.2)])
-def test_trl_divides_by_the_tokens_of_the_rollout_where_we_divide_by_those_of_the_step(name, epsilon_high):
-    """With two steps on a rollout, one with fewer tokens weighs less in TRL; here each step is a mean of its own."""
+def test_trl_divides_by_the_tokens_of_the_rollout_and_we_divide_by_those_of_the_step(name, epsilon_high):
+    """With two steps on a rollout, the step with fewer tokens has a smaller loss in TRL. Here each step is a mean."""
     case = make(0)
     settings = {"loss_type": name, "epsilon_high": epsilon_high, "steps_per_generation": 2}
-    trls = theirs(case, tokens_of_rollout=2.5 * case.mask.sum(), **settings)  # this step has 40 % of the tokens
+    trls = theirs(case, tokens_of_rollout=2.5 * case.mask.sum(), **settings)  # This step has 40 % of the tokens.
     loss, gradient = ours(name, case)
     assert agree((0.8 * loss, 0.8 * gradient), trls)
 
 
 def advantages_of(rewards: Tensor, **settings) -> Tensor:
-    """What TRL makes of rewards (N, G), through its whole rollout."""
+    """Return the advantages (N, G) that TRL computes from rewards (N, G), in its whole rollout."""
     trainer = trainer_of(**settings)
     trainer.rewards = rewards.flatten().tolist()
     rows = [{"prompt": f"{digit}+1="} for digit in range(PROMPTS) for _ in range(GROUP)]
@@ -175,14 +182,14 @@ ADVANTAGES = {
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", ["binary", "graded"])
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_advantages_are_trls(name, kind, seed):
+def test_advantages_agree_with_trl(name, kind, seed):
     rewards, _, uids = rewards_of(kind, seed, PROMPTS, GROUP)
     rewards = rewards[torch.as_tensor(uids.argsort(kind="stable"))].view(PROMPTS, GROUP)
-    here = ALGORITHMS[name].advantages(rewards, torch.ones(PROMPTS, GROUP))
-    assert distance(here, advantages_of(rewards, **ADVANTAGES[name])) < 1e-6
+    our_advantages = ALGORITHMS[name].advantages(rewards, torch.ones(PROMPTS, GROUP))
+    assert distance(our_advantages, advantages_of(rewards, **ADVANTAGES[name])) < 1e-6
 
 
-def test_equal_rewards_leave_a_rest_in_trl_and_none_here():
-    rewards = torch.full((PROMPTS, GROUP), 0.9)  # whose mean of six rounds
+def test_equal_rewards_give_small_advantages_in_trl_and_zero_here():
+    rewards = torch.full((PROMPTS, GROUP), 0.9)  # The mean of six of them has a rounding error.
     assert not ALGORITHMS["grpo"].advantages(rewards, torch.ones(PROMPTS, GROUP)).any()
     assert 0 < advantages_of(rewards, scale_rewards="group").abs().max() < 1e-3

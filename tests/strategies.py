@@ -1,4 +1,4 @@
-"""What the tests of bad input share: anything that JSON can hold, and what may become of it."""
+"""Hypothesis strategies for values that JSON or a file can hold, and helpers for the tests of bad input."""
 
 import math
 import pickle
@@ -16,14 +16,14 @@ content = st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.
 
 
 def many(number):
-    """So many examples, the same ones each time."""
+    """Run a test with this number of examples, the same ones each time."""
     return settings(deadline=None, max_examples=number, derandomize=True)
 
 
-def told(function, *arguments, **more):
-    """What it returns, or the line in which it refused; whatever else it raises is a failure."""
+def told(function, *arguments, **options):
+    """Return the function's result, or the line of its UserError. The test fails if it raises anything else."""
     try:
-        return function(*arguments, **more)
+        return function(*arguments, **options)
     except UserError as error:
         line = str(error)
         assert line.isprintable()
@@ -32,13 +32,13 @@ def told(function, *arguments, **more):
 
 
 def damaged(data, whole):
-    """Bytes with one to nine of them cut out, others put in their place, or both."""
+    """Remove up to nine bytes, insert up to nine bytes at the same place, or do both."""
     place, length = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 9))
     return whole[:place] + data.draw(st.binary(min_size=not length, max_size=9)) + whole[place + length :]
 
 
 class Malicious:
-    """Unpickled, it leaves a file."""
+    """An object that creates a file when Python unpickles it."""
 
     def __init__(self, path):
         self.path = path
@@ -47,10 +47,10 @@ class Malicious:
         return Path.touch, (self.path,)
 
 
-def poison(folder, ran, *names):
-    """Write files into a folder that, unpickled, leave a file."""
+def poison(folder, marker, *names):
+    """Write pickles to a folder that create the file `marker` if they are unpickled."""
     for name in names:
-        (folder / name).write_bytes(pickle.dumps(Malicious(ran)))
+        (folder / name).write_bytes(pickle.dumps(Malicious(marker)))
     pickle.loads((folder / names[0]).read_bytes())
-    assert ran.exists()  # it would
-    ran.unlink()
+    assert marker.exists()  # The pickles work.
+    marker.unlink()

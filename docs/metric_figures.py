@@ -1,8 +1,8 @@
-"""What a metric does before a run falls apart: the steps of many runs, counted from the fall of the reward.
+"""A metric around a collapse: the steps of many runs, counted from the step at which the reward begins to fall.
 
-In: the folder of the studies, of which three are looked at: the map, the anatomy and the fair race. (A collapse in the
-fourth is often no fall: where the drift is far too large, nothing is learned.) Out: a metric's `Traces`, and a figure
-of them; nothing here writes a file. When a run falls is said in `warning.py`, which runs collapsed in `stats.py`.
+In: the folder of the studies; the map, the anatomy and the fair study are used. (In the drift study a collapse is often
+not a fall: with a far too large drift, nothing is learned.) Out: a metric's `Traces`, and a figure of them. The rules
+are in `experiments/early_warning.py` and `experiments/outcome.py`.
 """
 
 from functools import cache
@@ -48,7 +48,7 @@ OFFSETS = range(-5, 6)  # steps from the collapse
 
 
 class Traces(NamedTuple):
-    """One metric of many runs, (S, runs) each; of those that collapsed, the step of the fall, and had they a drift?"""
+    """One metric of many runs, (S, runs) each; for collapsed runs, the collapse step, and whether they had a drift."""
 
     healthy: pd.DataFrame
     collapsed: pd.DataFrame
@@ -56,11 +56,11 @@ class Traces(NamedTuple):
     drift: pd.Series
 
     def around(self, offset: int) -> tuple[np.ndarray, np.ndarray]:
-        """The values `offset` steps from each fall: of the run that falls, and of all healthy ones at that step."""
+        """The values `offset` steps from each collapse: of the collapsing run, and of all healthy runs at that step."""
         at = self.falls + offset
-        fell = self.collapsed.unstack().reindex(list(at.items())).to_numpy()
-        well = self.healthy.reindex(at).to_numpy().ravel()
-        return fell[~np.isnan(fell)], well[~np.isnan(well)]
+        collapsed = self.collapsed.unstack().reindex(list(at.items())).to_numpy()
+        healthy = self.healthy.reindex(at).to_numpy().ravel()
+        return collapsed[~np.isnan(collapsed)], healthy[~np.isnan(healthy)]
 
 
 @cache
@@ -73,15 +73,17 @@ def _tables(studies: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def load_metric(studies: Path, metric: str) -> Traces:
-    """One metric of the runs that collapsed, and of those that stayed healthy; what is neither is left out.
+    """One metric of the runs that collapsed, and of the runs that stayed healthy; other runs are left out.
 
-    An algorithm without drift logs its coefficient as 0: for `drift_coef` those runs are left out, too.
+    An algorithm without drift logs its coefficient as 0, so `drift_coef` leaves out those runs too.
     """
     runs, steps = _tables(studies)
     values = steps.pivot(index="step", columns="run", values=metric)
     runs = runs[(runs["drift"] | (metric != "drift_coef")) & values.notna().any().reindex(runs.index)]
-    fell = runs[runs["collapsed"]]
-    return Traces(values[runs.index[runs["healthy"]]], values[fell.index], fell["fall"].astype(int), fell["drift"])
+    collapsed = runs[runs["collapsed"]]
+    return Traces(
+        values[runs.index[runs["healthy"]]], values[collapsed.index], collapsed["fall"].astype(int), collapsed["drift"]
+    )
 
 
 @styled
@@ -116,11 +118,8 @@ def metric_traces(studies: Path, metric: str) -> Figure:
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set(
-        ylabel=f"{metric}\n[{UNITS[metric]}]",
-        xlabel="steps from the fall of the reward",
-        xlim=(OFFSETS[0], OFFSETS[-1]),
-    )
+    axis.set(xlabel="steps from the fall of the reward", xlim=(OFFSETS[0], OFFSETS[-1]))
+    axis.set_ylabel(f"{metric}\n[{UNITS[metric]}]")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=11))
     figure.legend(loc="outside upper left", ncols=2, handlelength=3.2, columnspacing=1.2, fontsize=9.5)
     return figure
