@@ -15,9 +15,11 @@ BIN := .venv/bin
 PYTEST := -m pytest -n auto --dist loadfile
 
 # The lock files hold the exact versions that were tested. pip obeys them and the constraints in PIP_CONSTRAINT.
+# Python compiles a module at its first import. pip would compile all modules, which takes most of an installation.
 PIP := -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --constraint requirements.lock --editable
-INSTALL_VERL := $(PIP) install --constraint requirements-verl.lock pytest --editable
+INSTALL_NEWEST := $(PIP) install --no-compile --editable
+INSTALL := $(PIP) install --no-compile --constraint requirements.lock --editable
+INSTALL_VERL := $(PIP) install --no-compile --constraint requirements-verl.lock pytest --editable
 
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "minicpgd needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 2; }
@@ -52,23 +54,23 @@ mutants: .venv/installed
 test-verl: .venv-verl/installed
 	.venv-verl/bin/python -m pytest tests/parity/test_parity_verl.py tests/test_verl_plugin.py tests/test_verl_paths.py
 
-# The demo needs no extra. pip reports each package, but it is silent while it unpacks them.
+# The demo needs no extra.
 .venv/demo-installed: pyproject.toml requirements.lock
 	$(CHECK_PYTHON)
-	@echo "Creating .venv. This happens once and takes a few minutes; pip is silent during the last one."
+	@echo "Creating .venv. This happens once. pip names each package that it collects, then unpacks them silently (a minute)."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(INSTALL) .
 	@touch $@
 
 .venv/installed: .venv/demo-installed
-	@echo "Adding the packages of the test suite to .venv. This happens once and takes a few minutes."
+	@echo "Adding the packages of the test suite to .venv. This happens once."
 	$(BIN)/python $(INSTALL) '.[test]'
 	@touch $@
 
 # verl needs an older transformers, and therefore an environment of its own.
 .venv-verl/installed: pyproject.toml requirements-verl.lock
 	$(CHECK_PYTHON)
-	@echo "Creating .venv-verl. This happens once and takes a few minutes; pip is silent during the last one."
+	@echo "Creating .venv-verl. This happens once. pip names each package that it collects, then unpacks them silently (a minute)."
 	$(PYTHON) -m venv .venv-verl
 	.venv-verl/bin/python $(INSTALL_VERL) '.[verl]'
 	@touch $@
@@ -77,7 +79,7 @@ test-verl: .venv-verl/installed
 newest:
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear .venv-newest
-	.venv-newest/bin/python $(PIP) install --editable '.[test]'
+	.venv-newest/bin/python $(INSTALL_NEWEST) '.[test]'
 	.venv-newest/bin/python $(PYTEST)
 
 # The oldest supported Python makes the lock files: versions that support 3.11 support newer ones, too.
@@ -85,10 +87,10 @@ lock:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 		echo "make lock needs Python 3.11: make lock PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv --clear .venv-lock
-	.venv-lock/bin/python $(PIP) install --editable '.[all,mutants]'
+	.venv-lock/bin/python $(INSTALL_NEWEST) '.[all,mutants]'
 	$(call write_lock,requirements.lock)
 	$(PYTHON) -m venv --clear .venv-lock
-	.venv-lock/bin/python $(PIP) install pytest --editable '.[verl]'
+	.venv-lock/bin/python $(INSTALL_NEWEST) '.[verl]' pytest
 	$(call write_lock,requirements-verl.lock)
 	rm -rf .venv-lock
 

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from metric_figures import UNITS, Traces, load_metric, metric_traces
 
-from minicpgd.experiments.demo import demo_configs
+from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.experiments.early_warning import collapse_step
 from minicpgd.experiments.outcome import collapsed, outcome
 from minicpgd.experiments.statistics import wilson

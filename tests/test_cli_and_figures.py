@@ -16,7 +16,7 @@ from minicpgd import UserError, load_run, plots, train
 from minicpgd.cli.main import COMMANDS, main
 from minicpgd.config import GROUPS, TrainConfig
 from minicpgd.experiments import outcome, run_all
-from minicpgd.experiments.demo import demo_configs
+from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.models import EMBEDDED, load_policy
 from minicpgd.models.pretrain import largest_difference, measure, pretrain
 

@@ -16,7 +16,7 @@ from conftest import load_script
 from minicpgd import ALGORITHMS, TrainConfig, load_run
 from minicpgd.cli.main import parse
 from minicpgd.experiments import STUDIES, SUMMARIES, outcome, warning_study
-from minicpgd.experiments.demo import demo_configs
+from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.experiments.tables import tolerated_rate
 from minicpgd.plots.published import save_published
 from minicpgd.training import Learner

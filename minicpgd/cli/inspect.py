@@ -1,9 +1,10 @@
 """Commands for a finished run or a model: `evaluate`, `sample`, `export`, `plot`."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
-from rich.markup import escape
+from rich.text import Text
 from tyro.conf import Positional
 
 from minicpgd.cli.flags import Flag
@@ -56,7 +57,7 @@ def sample(
     rollout, right = respond(policy, task, num_problems, settings, greedy=temperature == 0, seed=seed)
     for problem, text, ok in zip(task.held_out(num_problems, seed), rollout.completions, right[:, 0], strict=True):
         mark, colour = ("right", "green") if ok else ("wrong", "red")
-        console.print(f"[{colour}]{mark}[/]  {escape(problem['prompt'])}[{colour}]{escape(text)}[/]")
+        console.print(Text.assemble((mark, colour), f"  {problem['prompt']}", (text, colour)))
     console.print(f"{int(right.sum())} of {len(right)} right")
 
 
@@ -105,8 +106,9 @@ def plot(
 
     if not all and not 1 <= len(runs) <= 7:
         raise UserError(f"plot: {len(runs)} runs given; 1 to 7 can be told apart in one figure")
-    names = "+".join("-".join(run.parts).strip("/") for run in runs)
-    published = Path("docs/figures")
-    paths = save_published(results, out or published) if all else save_figures(out or Path("figures") / names, runs)
+    names = "+".join("-".join(run.parts).strip("/") for run in runs)[:100]
+    digest = hashlib.sha256(" ".join(map(str, runs)).encode()).hexdigest()[:6]  # Two lists of runs may share a name.
+    folder = out or Path("docs/figures" if all else f"figures/{names}-{digest}")
+    paths = save_published(results, folder) if all else save_figures(folder, runs)
     for path in paths:
         console.print(f"figure  {path}")

@@ -75,9 +75,10 @@ def _value_after(flag: str, argv: list[str]) -> str | None:
 
 
 def _first_sentence(box: str) -> str:
-    """The first paragraph of tyro's message without its frame, and the flag that it suggests."""
-    text = re.sub(r"─{5,} (?!│)", "", re.split(r"│ ─{5,}", box)[0].partition("\n")[2])
-    line = " ".join(re.sub("[╭╮╰╯│─]", " ", text).split())
+    """The first paragraph of tyro's message without its frame, which may be of ASCII, and the flag that it suggests."""
+    paragraphs = re.split(r"(?m)^[│ ]*[─-]{5,}[│ ]*$", box.partition("\n")[2])
+    lines = (" ".join(re.sub("[╭╮╰╯│─]", " ", paragraph).split()) for paragraph in paragraphs)
+    line = next(filter(None, lines), "")
     near = re.search(r"Perhaps you meant:[\s│]+(--[\w-]+)", box)
     return f"{line}; did you mean {near[1]}?" if near and line else line
 

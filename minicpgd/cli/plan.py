@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from minicpgd.cli.flags import Loop, Model, Objective, Sampling, Task, changed_flags
 from minicpgd.cli.progress import console, text_table
@@ -54,7 +55,7 @@ def memory(
     for before, attempt in zip([attempts[0], *attempts], attempts, strict=False):
         change = " ".join([attempt.change, *changed_flags(attempt.config, before.config)])
         sizes = (attempt.memory.rollout, attempt.memory.update, attempt.memory.peak)
-        fitting = "[green]yes[/]" if attempt.fits else "[red]no[/]"
+        fitting = Text("yes", "green") if attempt.fits else Text("no", "red")
         table.add_row(change, *(f"{size / GIB:.1f} GiB" for size in sizes), fitting)
     console.print(table)
 
@@ -137,12 +138,12 @@ def _print_memory(predicted: "Memory") -> None:
     for name, meaning in COMPONENTS.items():
         sizes = [predicted.moments[moment][name] for moment in moments.values()]
         if any(sizes):
-            table.add_row(name, *in_units(sizes), f"[dim]{meaning}")
+            table.add_row(name, *in_units(sizes), Text(meaning, "dim"))
     if predicted.assumed:
         both = in_units([predicted.assumed] * 2)
-        table.add_row("CUDA itself", *both, "[dim]its context, gaps between blocks; assumed, not measured")
-    bold = [f"[bold]{total}" for total in in_units(totals)]
-    table.add_row("[bold]in all", *bold, "at the worst moment of each phase")
+        table.add_row("CUDA itself", *both, Text("its context, gaps between blocks; assumed, not measured", "dim"))
+    bold = [Text(words, "bold") for words in ("in all", *in_units(totals))]
+    table.add_row(*bold, "at the worst moment of each phase")
     console.print(table)
 
 

@@ -1,12 +1,15 @@
 """Commands that make many runs, or the embedded model: `demo`, `study`, `pretrain`."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 from tyro.conf import Positional
 
 from minicpgd.cli.flags import Flag
@@ -28,7 +31,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
         num_iterations: passes over each rollout, of 4 updates each. With 1 all four learn.
     """
     from minicpgd.algorithms import display_name
-    from minicpgd.experiments.demo import demo_configs, free_folder
+    from minicpgd.experiments.catalogue import demo_configs
     from minicpgd.experiments.outcome import WINDOW
     from minicpgd.experiments.runner import run_all
     from minicpgd.plots.published import save_figures
@@ -36,7 +39,8 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
 
     if max_steps < WINDOW:
         raise UserError(f"max_steps = {max_steps}: collapse is defined over {WINDOW} steps, so at least {WINDOW}")
-    chosen = free_folder(folder)
+    candidates = (folder.parent / f"{folder.name or 'demo'}-{n}" if n > 1 else folder for n in count(1))
+    chosen = next(path for path in candidates if not path.exists())
     configs = [replace(c, max_steps=max_steps, num_iterations=num_iterations) for c in demo_configs(chosen, seed)]
     k = configs[0].updates_per_rollout
     console.print(f"Four algorithms, one model, the same problems, {k} updates on every rollout.")
@@ -57,7 +61,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
         console.print(f"figure  {path}")
     console.print(f"runs    {chosen}/")
     program = sys.argv[0] if sys.argv[0].endswith("minicpgd") else "minicpgd"
-    console.print(f"next    {program} sample {folders[0]}   shows what CPGD's policy writes now;")
+    console.print(f"next    {program} sample {shlex.quote(str(folders[0]))}   shows what CPGD's policy writes now;")
     console.print("        minicpgd/algorithms/table.py is the table with these four rows.")
 
 
@@ -73,9 +77,9 @@ def _print_outcomes(configs: Sequence[TrainConfig]) -> None:
         result = outcome(config.folder)
         accuracies = (result.accuracy_before, result.accuracy_best, result.accuracy_final)
         rewards = f"{result.reward_before:.2f}→{result.reward_last:.2f}"
-        collapsed = "[red]yes[/]" if result.collapsed else "[green]no[/]"
+        collapsed = Text("yes", "red") if result.collapsed else Text("no", "green")
         others = (f"{result.kl_largest:.2g}", f"{result.ratio_largest:.3g}", f"{run_seconds(config.folder):.0f}")
-        cells = (*(f"{share:.2f}" for share in accuracies), rewards, collapsed, *others)
+        cells: list[Any] = [*(f"{share:.2f}" for share in accuracies), rewards, collapsed, *others]
         table.add_row(display_name(config.algorithm), *cells)
     console.print(table)
     console.print(

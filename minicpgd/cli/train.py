@@ -1,5 +1,6 @@
 """The command `train`. Ctrl-C finishes the step, saves, and says how to continue."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -69,7 +70,8 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
         sys.exit(128 + received[0])
     if config.lora_r:
         write_card(folder / config.weights_folder, folder)
-    console.print(f"done: {folder}   (minicpgd evaluate {folder}; minicpgd plot {folder})")
+    quoted = shlex.quote(str(folder))
+    console.print(f"done: {folder}   (minicpgd evaluate {quoted}; minicpgd plot {quoted})")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from minicpgd import plots
 from minicpgd.errors import UserError
-from minicpgd.experiments.demo import demo_configs
+from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.memory.predict import predict_recipe
 from minicpgd.recipes import KNOWN, load_recipe
 
