@@ -1,14 +1,7 @@
-r"""What a step records: its experience, its passes, and every metric that a run logs.
+"""What a step records: its experience, its passes, and every metric that a run logs.
 
-Nothing here changes the learner. A notebook that takes a step apart uses these:
-
-    generators = seed_step(seed, step)                       all randomness of the step
-    experience = learner.collect(generators)                 problems, rollout, rewards, advantages
-    seen = learner.train_pass(experience, generators.order)  one pass over the rollout, with its updates
-    learner.score(experience.rollout)                        log-probabilities under the policy as it is now
-
-In: an `Experience` and the passes over it. Out: the lines of metrics.jsonl, timings.jsonl, samples.jsonl and
-passes.jsonl. docs/metrics.md defines each metric.
+Nothing here changes the learner. In: an `Experience` and the passes over it. Out: the lines of metrics.jsonl,
+timings.jsonl, samples.jsonl and passes.jsonl. docs/metrics.md defines each metric.
 """
 
 import resource
