@@ -367,7 +367,7 @@ def test_the_refused_fields_are_fields_of_trl():
 
 def test_a_kl_in_the_reward_needs_the_log_probabilities_of_the_sampler(make):
     trainer = make(algorithm="reinforce_pp", beta=0.1)
-    with pytest.raises(ConfigError, match=r"beta = 0.1: reinforce_pp pays it in the reward"):
+    with pytest.raises(ConfigError, match=r"beta = 0.1: reinforce_pp has it in the reward"):
         first_batch(trainer)
 
 
