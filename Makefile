@@ -9,7 +9,7 @@
 # make newest     runs the test suite with the newest version of every package
 # make lock       rewrites requirements.lock and requirements-verl.lock
 #
-# Each command creates the environment that it needs. docs/installation.md has the commands for Windows.
+# Each command creates the environment that it needs. docs/installation.md has the same commands without make.
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := -m pytest -n auto --dist loadfile

@@ -12,7 +12,6 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from minicpgd.cli import main as cli
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         cli.main()
     finally:

@@ -103,6 +103,7 @@ def main() -> None:
         call = parse(sys.argv[1:])
         from minicpgd.models.policy import quiet  # This import takes seconds, and `--help` does not need it.
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Until here nothing could be lost.
         quiet()
         call()
     except BrokenPipeError:  # The reader has gone, as in `minicpgd ... | head`.

@@ -16,6 +16,7 @@ import yaml
 from minicpgd.config import TrainConfig
 from minicpgd.errors import ConfigError, did_you_mean, short_repr
 
+__all__ = ["FOLDER", "KNOWN", "Recipe", "load_recipe"]
 FOLDER = Path(__file__).parent
 KNOWN = sorted(path.stem for path in FOLDER.glob("*gb.yaml"))
 
