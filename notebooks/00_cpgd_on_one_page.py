@@ -3,12 +3,13 @@
 #
 # CPGD (Clipped Policy Gradient Optimization with Policy Drift, [arXiv 2505.12504](https://arxiv.org/abs/2505.12504))
 # trains a language model on rewards that a rule computes. The model samples several responses to each prompt, and an
-# update raises the log-probability of those responses whose reward exceeds the mean of their group. A clip and a drift
-# penalty keep the new policy close to the policy that sampled.
+# update raises the log-probability of those responses whose reward exceeds the mean of their group, and lowers that of
+# the others. A clip and a drift penalty keep the new policy close to the policy that sampled.
 #
 # This page implements all of it in plain PyTorch and transformers. It trains a tiny model on one CPU core in less than
-# a minute. From minicpgd it imports only the path of that model and the task. [A test](../tests/test_one_page.py)
-# compares the page with the package: the sampled tokens are identical, and the losses agree to $10^{-6}$.
+# a minute. It imports two things from minicpgd: the task, and the path of the model.
+# [A test](../tests/test_one_page.py) compares the page with the package: the sampled tokens are identical, and the
+# losses agree to $10^{-6}$.
 
 # %%
 import math
@@ -59,8 +60,8 @@ def next_token_logits(ids: Tensor, attention: Tensor) -> Tensor:
 # ## 2. Sample responses
 #
 # A rollout holds G responses to each of N prompts, B = N · G responses in all. The prompts have padding on the left, so
-# all responses begin in the same column. The loop draws one token per row and stores its log-probability. This is
-# $\ln \pi_{\mathrm{old}}$: the policy that samples is called *old*, because the updates will change it.
+# all responses begin in the same column. The loop draws one token per row and stores its log-probability. It is
+# $\ln \pi_{\mathrm{old}}$: the policy that samples is called *old*. Updates change the model, not the stored values.
 #
 # A response ends with its first `<eos>`, and the mask excludes everything after it. When half of the rows have ended,
 # the loop continues without them.
@@ -252,8 +253,9 @@ for axis, (title, values, top) in zip(axes, curves, strict=True):
 plt.show()
 
 # %% [markdown]
-# The mean reward rises from 0.46 to 0.92, and the mean length rises from 8 tokens to 29. The rule never reads the steps
-# of a response. But a response with steps is correct more often than a guess, so the updates raise its log-probability.
+# The mean reward rises from 0.46 to 0.92, and the mean length rises from 8 tokens to 29. The rule never reads the
+# intermediate results of a response. But a response that writes them is correct more often than a guess, so the updates
+# raise its log-probability.
 #
 # This is one run with one seed. [The results](../docs/results.md) compare algorithms over many runs and several seeds.
 #

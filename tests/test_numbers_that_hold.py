@@ -230,7 +230,7 @@ def test_std_and_whitening_remove_the_scale_of_rewards_and_others_keep_it(name, 
     plain = advantages_of(name, batch.rewards, batch.lengths, weight)
     scaled = advantages_of(name, batch.rewards * factor, batch.lengths, weight)
     row = ALGORITHMS[name].override(advantage_weight=weight)
-    by_std, by_whitening = row.weight is WEIGHTS["std"], row.baseline.__name__.endswith("whitened")
+    by_std, by_whitening = row.weight is WEIGHTS["std"], row.centre.__name__.endswith("whitened")
     if not by_std and not by_whitening:
         nearly(scaled, plain * factor)
     elif by_std and not by_whitening:

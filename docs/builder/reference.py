@@ -28,7 +28,7 @@ BASELINES = {
     "batch_whitened": "batch, whitened",
     "group_centred_whitened": "group, then whitened",
 }
-WEIGHTS = {"equal": "", "std": ", / std"}
+WEIGHTS = {"equal": "", "inverse_std": ", / std"}
 OBJECTIVES = {
     "log_ratio_free": "d·A",
     "log_ratio_clip": "d·A, clipped",
@@ -71,7 +71,7 @@ def _algorithm_row(row: Algorithm) -> list[str]:
     return [
         f"`{row.name}`",
         f"{row.label}, " + (f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "ours"),
-        _word(BASELINES, row.baseline) + _word(WEIGHTS, row.weight),
+        _word(BASELINES, row.centre) + _word(WEIGHTS, row.weight),
         _objective(row),
         _word(AVERAGES, row.aggregation),
         "yes" if row.drift else "",

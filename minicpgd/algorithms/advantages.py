@@ -1,24 +1,24 @@
 r"""Advantages: was this response better than expected for its prompt?
 
 Rewards come in as (N, G): N prompts, G sampled responses to each. Advantages go out in the same shape: one number per
-response, shared by all of its tokens. Each is a difference to a *baseline* (better than what?) times a *weight* $w(x)$
-(how much does this prompt count?):
+response, shared by all of its tokens. An advantage is a *centred* reward times a *weight*. The centre says what the
+reward is compared with. The weight $w(x)$ says how much the prompt $x$ counts:
 
-| baseline | the reward is compared with |
+| centre | the reward is compared with |
 |---|---|
 | `group_centred` | the mean of the group: $R - \mu$ |
 | `leave_one_out` | the mean of the other G - 1 (RLOO, arXiv 2402.14740) |
-| `batch_whitened` | the mean token of the whole batch, in standard deviations (REINFORCE++, arXiv 2501.03262) |
-| `group_centred_whitened` | the mean of the group first, then the batch |
+| `batch_whitened` | the mean over all tokens of the batch, in standard deviations (REINFORCE++, arXiv 2501.03262) |
+| `group_centred_whitened` | the mean of the group; the result is then whitened over the batch |
 
 | weight | $w(x)$ |
 |---|---|
 | `equal` | 1 |
-| `std` | $1 / (\sigma + 10^{-4})$, $\sigma$ the group's standard deviation with ddof = 1 (GRPO, arXiv 2402.03300) |
-| `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, and 0 without such a prompt (CPGD, arXiv 2505.12504) |
+| `inverse_std` | $1 / (\sigma + 10^{-4})$, with the standard deviation $\sigma$ of the group (GRPO, arXiv 2402.03300) |
+| `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, or 0 without such prompts (CPGD, arXiv 2505.12504) |
 
-Equal rewards give exact zeros. A plain mean would leave a rounding error near $10^{-9}$, which a division by a small
-$\sigma$ would turn into a gradient. Every function therefore subtracts the first reward before anything else.
+$\sigma$ divides by G - 1. Equal rewards give exact zeros, because the first reward is subtracted before the mean is
+computed. Otherwise a rounding error near $10^{-9}$, divided by a small $\sigma$, would become a gradient.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Baseline = Callable[[Tensor, Tensor], Tensor]
+Centre = Callable[[Tensor, Tensor], Tensor]
 Weight = Callable[[Tensor], Tensor]
 
 
@@ -45,7 +45,7 @@ def leave_one_out(rewards: Tensor, lengths: Tensor) -> Tensor:
 def batch_whitened(rewards: Tensor, lengths: Tensor) -> Tensor:
     r"""$(R - m) / \sqrt{v + 10^{-8}}$, mean $m$ and variance $v$ over all tokens (arXiv 2501.03262).
 
-    A response has its length as its weight.
+    Longer responses count more in m and v, in proportion to their tokens.
     """
     shifted = rewards - rewards[0, 0]
     share = lengths.to(rewards) / lengths.sum()
@@ -54,7 +54,7 @@ def batch_whitened(rewards: Tensor, lengths: Tensor) -> Tensor:
 
 
 def group_centred_whitened(rewards: Tensor, lengths: Tensor) -> Tensor:
-    """REINFORCE++ with a group baseline (arXiv 2501.03262): center within groups, then divide by the batch's scale."""
+    """REINFORCE++ with a group baseline (arXiv 2501.03262): centre each group, then whiten the batch."""
     return batch_whitened(group_centred(rewards, lengths), lengths)
 
 
@@ -63,16 +63,16 @@ def equal(rewards: Tensor) -> Tensor:
     return torch.ones_like(rewards[:, :1])
 
 
-def std(rewards: Tensor) -> Tensor:
-    r"""$w(x) = 1 / (\sigma + 10^{-4})$: prompts that are nearly solved or nearly hopeless count more (GRPO)."""
+def inverse_std(rewards: Tensor) -> Tensor:
+    r"""$w(x) = 1 / (\sigma + 10^{-4})$: prompts that are nearly always or nearly never solved count more (GRPO)."""
     return 1 / ((rewards - rewards[:, :1]).std(dim=1, keepdim=True) + 1e-4)
 
 
 def clip_filter(rewards: Tensor) -> Tensor:
-    r"""$w(x) = \min(3, N / \#\{\sigma > 0\})$: informative prompts take the place of the others (CPGD)."""
+    r"""$w(x) = \min(3, N / \#\{\sigma > 0\})$: prompts with different rewards replace those without (CPGD)."""
     informative = (rewards != rewards[:, :1]).any(dim=1).sum()
     weight = min(3.0, len(rewards) / int(informative)) if informative else 0.0
     return torch.full_like(rewards[:, :1], weight)
 
 
-WEIGHTS: dict[str, Weight] = {"equal": equal, "std": std, "clip_filter": clip_filter}
+WEIGHTS: dict[str, Weight] = {"equal": equal, "std": inverse_std, "clip_filter": clip_filter}

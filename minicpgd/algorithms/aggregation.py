@@ -1,7 +1,7 @@
-"""Aggregation: how the tokens of responses of different lengths share one mean.
+"""Aggregation: how the losses of tokens are averaged when responses differ in length.
 
-In: the mask (B, T) of a whole optimizer step. Out: the weight of each token in the loss, (B, T). The loss is a sum over
-tokens with these weights. So an optimizer step may be split into micro-batches anywhere: each takes its own rows.
+In: the mask (B, T) of a minibatch. Out: the weight of each token in the loss, (B, T). The loss is a sum over tokens
+with these weights. So a minibatch can be split into micro-batches: each uses its own rows of the weights.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def token_mean(mask: Tensor, max_completion_length: int | None = None) -> Tensor
 
 
 def constant(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
-    """Sum over tokens / (B * max_completion_length): no length matters (Dr. GRPO, arXiv 2503.20783).
+    """Sum over tokens / (B * max_completion_length): all tokens have the same weight (Dr. GRPO, arXiv 2503.20783).
 
     Raises:
         ValueError: there is no `max_completion_length`, in tokens, to divide by.

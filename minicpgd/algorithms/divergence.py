@@ -10,11 +10,11 @@ $$ \mathrm{KL}(p \,\|\, q) = \mathbb{E}_{y \sim p}[-e]. $$
 | `k2` | $e^2 / 2$ | a little | no |
 | `k3` | $\exp(e) - 1 - e$ | no | no |
 
-Estimating a KL is not differentiating it. If `k1` of samples from $\pi_\theta$ itself stands in a loss, its gradient
-has mean zero. CPGD penalises something else, the *policy drift* $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$. Its samples
-come from $\pi_{old}$, so $e = \log \pi_\theta - \log \pi_{old}$. There `k3` is an unbiased value and its derivative
-$r - 1$ an unbiased gradient, but this gradient explodes with the ratio $r = \exp(e)$. `bounded_drift`, the term that is
-trained, therefore continues as a straight line once its slope has reached a bound.
+A good estimator of a KL can have a wrong gradient: on samples from $\pi_\theta$, the gradient of `k1` has mean zero,
+so `k1` is useless as a loss. CPGD penalises the *policy drift* $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$. Its samples
+come from $\pi_{old}$, so $e = \log \pi_\theta - \log \pi_{old}$. For these samples `k3` is an unbiased estimate of
+the drift, and $r - 1$ is an unbiased gradient, which grows without bound with the ratio $r = \exp(e)$. The loss
+therefore uses `bounded_drift`: it continues as a straight line once its slope has reached a bound.
 
 In: log-ratios of any shape, in nats. Out: the same shape and unit.
 """
@@ -31,32 +31,32 @@ def k1(log_ratio: Tensor) -> Tensor:
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    r"""$e^2/2$: never negative, biased at second order (Schulman 2020)."""
+    r"""$e^2/2$: never negative, biased from the third order of $e$ on (Schulman 2020)."""
     return log_ratio.square() / 2
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    r"""$\exp(e) - 1 - e$: unbiased and never negative (Schulman 2020); every run reports this as its drift."""
+    r"""$\exp(e) - 1 - e$: unbiased and never negative (Schulman 2020); every run reports its mean as `kl_old`."""
     return torch.expm1(log_ratio) - log_ratio
 
 
 def bounded_drift(log_ratio: Tensor, bound: float = 2.0) -> Tensor:
-    r"""The drift term that is trained: `k3` until its slope reaches `bound`, a straight line of that slope after.
+    r"""The drift term of the loss: `k3` until its slope reaches `bound`, then a straight line of that slope.
 
     $$ \frac{\partial}{\partial d}\,\mathrm{drift}(d) = \min(\exp(d) - 1,\; c) $$
 
-    CPGD (arXiv 2505.12504, section 3) bounds the gradient of the drift of a token with a very large ratio. This
-    function, like Huber's loss, has exactly that gradient, so finite differences can check it.
+    CPGD (arXiv 2505.12504, section 3) bounds the gradient of a token with a very large ratio. This function is a
+    true antiderivative of the bounded gradient, so finite differences can check it.
 
     Args:
         log_ratio: $d = \log \pi_\theta - \log \pi_{old}$, any shape, nats.
-        bound: $c > 0$, the largest slope (`drift_clip`); 2 is reached at a ratio of 3.
+        bound: $c > 0$, the largest slope (`drift_clip`), reached at the ratio $1 + c$.
 
     Returns:
         The same shape, nats; equal to `k3(d)` wherever $\exp(d) \le 1 + c$.
     """
     knee = math.log1p(bound)
-    # clamp prevents an overflow of exp. relu has slope 0 at the knee, clamp has not, so no slope counts twice there.
+    # At the knee torch gives clamp the slope 1 and relu the slope 0, so exactly one of the terms has a gradient.
     return k3(log_ratio.clamp(max=knee)) + bound * torch.relu(log_ratio - knee)
 
 
@@ -64,7 +64,7 @@ def exact_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     r"""$\mathrm{KL}(p \,\|\, q) = \sum_a p(a)\,(\log p(a) - \log q(a))$, for distributions that are known in full
     (Kullback and Leibler 1951, equation 2.4).
 
-    Unnormalised log-probabilities, (..., V), become (...), in nats. An action that p never takes adds nothing.
+    The logits have the shape (..., V), and the result (...), in nats. An action that p never takes adds nothing.
     """
     log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
     p = log_p.exp()

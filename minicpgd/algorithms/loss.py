@@ -2,7 +2,7 @@ r"""The loss: what a row of the table computes.
 
 A row answers four questions:
 
-1. *baseline* and *weight*: how good was a response? (`advantages.py`)
+1. *centre* and *weight*: how good was a response? (`advantages.py`)
 2. *surrogate*: what is maximised, and where does a token stop counting? (`surrogates.py`)
 3. *aggregation*: how do tokens and responses share one mean? (`aggregation.py`)
 4. *drift*: is moving away from $\pi_{old}$ penalised? (`divergence.py`)
@@ -15,7 +15,7 @@ $$ \mathrm{loss} = \sum_t w_t \left( -\mathrm{surrogate}_t + \alpha\, \mathrm{dr
 The weights $w_t$ come from the aggregation; $\alpha$ is `drift_coef`.
 
 In: log-probabilities (B, T) in nats and advantages (B,), for B responses of at most T tokens. Out: a scalar loss and
-its metrics. You may change what a row computes; `table.py` has the rows.
+its metrics. To change the formula, edit this file. To add a row, edit `table.py`.
 """
 
 import math
@@ -26,7 +26,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from minicpgd.algorithms.advantages import WEIGHTS, Baseline, Weight, batch_whitened, equal
+from minicpgd.algorithms.advantages import WEIGHTS, Centre, Weight, batch_whitened, equal
 from minicpgd.algorithms.aggregation import AGGREGATIONS, Aggregation
 from minicpgd.algorithms.divergence import bounded_drift, k3
 from minicpgd.algorithms.surrogates import LEVELS, Level, Surrogate, per_token
@@ -50,12 +50,12 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row of the table. A simple training loop calls `advantages` and `loss`, and nothing else."""
+    """One row of the table. A simple training loop needs only `advantages` and `loss`."""
 
     name: str
     label: str
     """The name that papers and figures print."""
-    baseline: Baseline
+    centre: Centre
     weight: Weight
     surrogate: Surrogate
     aggregation: Aggregation
@@ -63,7 +63,7 @@ class Algorithm:
     shows: str
     """What a reader learns from this row."""
     level: Level = per_token
-    """Where the ratio is taken: for each token, or for a whole response."""
+    """Whether each token or the whole response has one ratio."""
     epsilon_high: float | None = None
     """The row's own upper clip bound, where it has one."""
     reference_kl: str = "loss"
@@ -72,11 +72,11 @@ class Algorithm:
     @property
     def needs_groups(self) -> bool:
         """Whether the row compares the responses to one prompt with each other, and so needs at least two."""
-        return self.baseline is not batch_whitened or self.weight is not equal
+        return self.centre is not batch_whitened or self.weight is not equal
 
     @property
     def clips(self) -> bool:
-        """Whether a token can count as clipped, tried at ratios far beyond the bounds."""
+        """Whether this row can clip a token. The property tests two ratios far beyond the bounds."""
         d, A = torch.tensor([-9.0, 9.0]), torch.tensor([-1.0, 1.0])
         objective, unclipped = self.surrogate(d, A, d, -0.1, 0.1)
         return bool((objective != unclipped).any())
@@ -84,7 +84,7 @@ class Algorithm:
     def override(
         self, advantage_weight: str | None = None, aggregation: str | None = None, importance_level: str | None = None
     ) -> "Algorithm":
-        """The same row with entries of `WEIGHTS`, `AGGREGATIONS` and `LEVELS`, by name. None keeps the row's own."""
+        """Return a copy of this row with another weight, aggregation or level, by name. None keeps the row's own."""
         return replace(
             self,
             weight=WEIGHTS[advantage_weight] if advantage_weight else self.weight,
@@ -93,7 +93,7 @@ class Algorithm:
         )
 
     def advantages(self, rewards: Tensor, lengths: Tensor, *, advantage_weight: str | None = None) -> Tensor:
-        """Rewards to advantages, (N, G). They are exactly 0 if the rewards of the group (or of the batch) are equal.
+        """Compute the advantages, (N, G). They are exactly 0 if all rewards of the batch are equal.
 
         Args:
             rewards: (N, G), one per response, any unit.
@@ -101,7 +101,7 @@ class Algorithm:
             advantage_weight: "equal", "std" or "clip_filter" in place of the row's own.
         """
         weight = WEIGHTS[advantage_weight] if advantage_weight else self.weight
-        return weight(rewards) * self.baseline(rewards, lengths)
+        return weight(rewards) * self.centre(rewards, lengths)
 
     def loss(
         self,
@@ -123,10 +123,10 @@ class Algorithm:
             mask: (B, T), true or 1 where a token belongs to the response. Other places are never read.
             settings: the clip bounds $[1-\varepsilon, 1+\varepsilon_{high}]$, $\alpha$, $c$ and $\beta$.
             ref_logp: (B, T), log-probabilities under the reference policy, for `beta`.
-            token_weights: (B, T), this micro-batch's rows of `token_weights` of the whole optimizer step.
+            token_weights: (B, T), the rows of this micro-batch in the result of `token_weights` for its minibatch.
 
         Returns:
-            `LossOutput`. Source: the paper named beside each function; all of CPGD: arXiv 2505.12504.
+            The loss with its metrics. Each function names its paper; CPGD as a whole is from arXiv 2505.12504.
 
         Raises:
             ValueError: `beta` without `ref_logp`, or the aggregation `constant` without `token_weights`.
@@ -163,13 +163,13 @@ class Algorithm:
         return 1 - epsilon, 1 + above
 
     def token_weights(self, mask: Tensor, max_completion_length: int | None = None) -> Tensor:
-        """(B, T) mask of a whole optimizer step to the (B, T) weights of its tokens; the length is in tokens."""
+        """Compute the weight (B, T) of each token from the mask (B, T) of a minibatch; the length is in tokens."""
         return self.aggregation(mask, max_completion_length)
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar loss and, detached, the (B, T) tensors of its metrics. `metrics` is computed when it is read."""
+    """A scalar loss, and the (B, T) tensors that its metrics need, detached. Reading `metrics` computes them."""
 
     loss: Tensor
     log_ratio: Tensor
@@ -215,9 +215,9 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
 def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
     r"""The coefficient that `drift_coef="auto"` sets for a rollout: $\alpha = \max |A|$. Ours, not the paper's.
 
-    In one context with exact expectations and no clip, each ratio then settles at $r^* = 1 + A/\alpha \in [0, 2]$. With
-    $\alpha < -\min A$ the objective has no maximum: it grows without bound as the probability of the worst action
-    falls. Notebook 7 derives this, and `tests/test_closed_form.py` tests it.
+    Take one prompt with a response of one token, exact expectations, and no clip. The objective then has its maximum at
+    $r^* = 1 + A/\alpha \in [0, 2]$. With $\alpha < -\min A$ it has none: it grows without bound as the probability of
+    the worst token falls. Notebook 7 derives this, and `tests/test_closed_form.py` tests it.
 
     The advantages are those of one rollout, in any shape. If all of them are 0, the coefficient stays at `previous`.
     """

@@ -1,7 +1,7 @@
 r"""Surrogates: what is maximised, estimated on samples of an older policy.
 
 With $d = \log \pi_\theta - \log \pi_{old}$, $r = \exp(d)$ and the advantage $A$, each surrogate is a number per token
-to be *maximised*. At $r = 1$ all of them have the same gradient, $A$. They differ further out:
+to be *maximised*. At $r = 1$ all of them have the same gradient, $A$. They differ where r is far from 1:
 
 | surrogate | its gradient in $\log \pi_\theta$, not clipped | where A > 0, r large | where A < 0, r large |
 |---|---|---|---|
@@ -14,14 +14,14 @@ to be *maximised*. At $r = 1$ all of them have the same gradient, $A$. They diff
 
 For small r the rows with $r A$ have a vanishing gradient. The others keep $A$ until the token is clipped.
 
-The fourth row is PPO's, and so GRPO's, RLOO's and REINFORCE++'s. It lowers the probability of a bad token whose ratio
-*rose* with a gradient that grows with the ratio. The second row is CPGD's: no ratio multiplies the advantage. CPGD as a
-whole also has the drift. For $A < 0$ and $\alpha = -A$ the sum of both gradients is $r A$ again, up to r = 3.
+The fourth row is PPO's, and so GRPO's, RLOO's and REINFORCE++'s. If the ratio of a bad token has risen, its gradient
+grows with the ratio, without bound. The second row is CPGD's: no ratio multiplies the advantage. With the drift,
+CPGD's gradient can grow with r, too: for $A < 0$ and $\alpha = -A$ it is $r A$ from $1 - \varepsilon$ to 3.
 
 In: `log_ratio` d and `logp` in nats and `advantage` A, all broadcastable to (B, T), and the bounds as log-ratios
-`low` < 0 < `high`. Out: a pair, the objective and the same without its bound; a token counts as clipped where they
-differ. All surrogates have one signature. The functions of `LEVELS`, at the end, say where the ratio is taken: they
-turn log-ratios and mask, (B, T), into log-ratios, (B, T) or (B, 1).
+`low` < 0 < `high`. Out: the objective, and the objective without its bound. A token counts as clipped where these two
+values differ. All surrogates have one signature. The functions of `LEVELS`, at the end, give each token or the whole
+response one ratio: they turn log-ratios and mask, (B, T), into log-ratios, (B, T) or (B, 1).
 """
 
 import math
@@ -40,13 +40,13 @@ DUAL_CLIP = 3.0
 def ratio(log_ratio: Tensor) -> Tensor:
     r"""$r = \exp(d)$ (PPO, arXiv 1707.06347), limited to $e^{80}$.
 
-    The largest float32 is near $e^{88}$, and the gradient of a clipped infinity is NaN.
+    A larger number would be infinite in float32, and then the gradient of a clipped token would be NaN.
     """
     return log_ratio.clamp(max=80).exp()
 
 
 def log_ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
-    r"""$d A$: the policy gradient on samples of another policy (CPGD without its clip, arXiv 2505.12504)."""
+    r"""$d A$: its gradient is the policy gradient, on samples of another policy (CPGD, arXiv 2505.12504)."""
     free = log_ratio * advantage
     return free, free
 

@@ -63,11 +63,7 @@ class LinePerRollout(ProgressCallback):
 
 
 def rows_of(task: Task, num_problems: int, seed: int, *, chat: bool) -> list[dict[str, Any]]:
-    """Training problems as rows for TRL.
-
-    Args:
-        chat: make each prompt a message, so that TRL applies the tokenizer's chat template.
-    """
+    """Training problems as rows for TRL. With `chat` each prompt is a message, for TRL's chat templates."""
     rows: list[dict[str, Any]] = list(task.sample(num_problems, random.Random(seed)))
     return [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows] if chat else rows
 
@@ -104,10 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def settings(arguments: list[str] | None = None) -> tuple[Problems, "CPGDConfig", "ModelConfig"]:
-    """Parse the flags, and the file after `--config`.
-
-    Args:
-        arguments: in place of the program's own.
+    """Parse these arguments, or the program's own, and the file after `--config`.
 
     Raises:
         UserError: TRL is missing, or a flag or a value is wrong.

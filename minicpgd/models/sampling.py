@@ -117,17 +117,22 @@ def generate(
     parts = which.split(settings.rollout_batch_size or len(which))
     if greedy:
         generator = None
-    with one_thread_if_small(model):
-        batches = [_sample_batch(policy, prompt_ids, prompt_mask, part, settings, generator) for part in parts]
+    try:
+        with one_thread_if_small(model):
+            batches = [_sample_batch(policy, prompt_ids, prompt_mask, part, settings, generator) for part in parts]
+    finally:
+        model.train(was_training)
     completion_ids, logp, entropy, lengths, ended = (torch.cat(column) for column in zip(*batches, strict=True))
-    model.train(was_training)
 
     longest = int(lengths.max())
     ids, logp, entropy = (values[:, :longest] for values in (completion_ids, logp, entropy))
     mask = torch.arange(longest, device=policy.device) < lengths[:, None]
     without_padding = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
     completions = policy.tokenizer.batch_decode(without_padding, skip_special_tokens=True)
-    return Rollout(prompt_ids[which], prompt_mask[which], ids, mask, lengths, ~ended, logp, entropy, completions)
+    return Rollout(
+        prompt_ids=prompt_ids[which], prompt_mask=prompt_mask[which], completion_ids=ids, mask=mask, lengths=lengths,
+        truncated=~ended, logp=logp, entropy=entropy, completions=completions,
+    )  # fmt: skip
 
 
 def _sample_batch(
@@ -159,7 +164,9 @@ def _sample_batch(
         if generator is None:
             token = logits.argmax(-1)
         else:
-            token = torch.multinomial(_likeliest(logits, settings).softmax(-1), 1, generator=generator).squeeze(1)
+            limited = settings.top_k > 0 or settings.top_p < 1
+            likely = _apply_top_k_top_p(logits, settings) if limited else logits
+            token = torch.multinomial(likely.softmax(-1), 1, generator=generator).squeeze(1)
         token_logp, token_entropy = logp_and_entropy(logits, token)
 
         running = ~ended[active]
@@ -180,7 +187,7 @@ def _sample_batch(
     return completion_ids, logp, entropy, lengths, ended
 
 
-def _likeliest(logits: Tensor, settings: SamplingSettings) -> Tensor:
+def _apply_top_k_top_p(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """(b, V) logits, with -inf outside `top_k` and `top_p`. The first argument of the warpers is never read."""
     if settings.top_k > 0:
         logits = TopKLogitsWarper(settings.top_k)(None, logits)  # type: ignore[arg-type]

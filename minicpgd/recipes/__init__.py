@@ -44,10 +44,7 @@ class Recipe:
 
 
 def load_recipe(name: str) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        name: a recipe in this folder, or the path of a YAML file.
+    """Read a recipe of this folder, by its name, or a YAML file, by its path.
 
     Raises:
         ConfigError: there is none, or its content is wrong; the line names file and field.

@@ -71,17 +71,15 @@ class ChainArithmetic:
 
     def sample(self, num_problems: int, rng: random.Random) -> list[dict[str, str]]:
         """Training problems: never one that is held out."""
-        return self._draw(num_problems, rng, held_out=False)
+        problems = (make_problem(rng) for _ in itertools.count())
+        return list(itertools.islice((p for p in problems if not is_held_out(p["prompt"])), num_problems))
 
     def held_out(self, num_problems: int, seed: int = 0) -> list[dict[str, str]]:
         """Evaluation problems: the same ones for the same seed. Training never contains them."""
-        return self._draw(num_problems, random.Random(f"held out {seed}"), held_out=True)
+        rng = random.Random(f"held out {seed}")
+        problems = (make_problem(rng) for _ in itertools.count())
+        return list(itertools.islice((p for p in problems if is_held_out(p["prompt"])), num_problems))
 
     def is_correct(self, problem: dict[str, str], completion: str) -> bool:
         """The digit after the only `#` is the answer."""
         return final_answer(completion) == problem["answer"]
-
-    def _draw(self, num_problems: int, rng: random.Random, *, held_out: bool) -> list[dict[str, str]]:
-        problems = (make_problem(rng) for _ in itertools.count())
-        wanted = (problem for problem in problems if is_held_out(problem["prompt"]) is held_out)
-        return list(itertools.islice(wanted, num_problems))

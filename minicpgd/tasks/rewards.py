@@ -5,11 +5,12 @@ In: prompts, completions and the dataset's other columns. Out: one number per co
 here. You may add functions to `REWARDS`, or bring your own as `my_rewards:short`.
 """
 
+import contextlib
 import importlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
@@ -144,7 +145,9 @@ def load_reward(text: str) -> RewardFunction:
     def weighted_sum(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         totals = [0.0] * len(completions)
         for factor, name, function in parts:
-            rewards = _call(name, function, prompts, completions, columns)
+            with _errors_of(name):
+                returned = function(prompts=prompts, completions=list(completions), **columns)
+                rewards = _checked_numbers(name, returned, completions)
             totals = [total + factor * reward for total, reward in zip(totals, rewards, strict=True)]
         return totals
 
@@ -180,33 +183,39 @@ def call_reward(function: RewardFunction, rows: Sequence[dict], completions: Seq
     """
     name = f"{getattr(function, '__module__', '?')}:{getattr(function, '__name__', type(function).__name__)}"
     columns = {key: [row[key] for row in rows] for key in rows[0]}
-    return _call(name, function, columns.pop("prompt"), completions, columns)
-
-
-def _call(
-    name: str, function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, Any]
-) -> list[float]:
-    try:
+    prompts = columns.pop("prompt")
+    with _errors_of(name):
         returned = function(prompts=prompts, completions=list(completions), **columns)
-        if isinstance(returned, str | bytes | Mapping | Set):
-            raise TypeError(f"{type(returned).__name__!r} returned, not a list of numbers")
-        rewards = list(itertools.islice(returned, len(completions) + 1))  # A generator may never end.
-        numbers = [_number(reward) for reward in rewards]
-    except UserError:  # A part of a sum has raised it, under the name of the part.
+        return _checked_numbers(name, returned, completions)
+
+
+@contextlib.contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Turn whatever a reward function raises into one line with its name."""
+    try:
+        yield
+    except UserError:  # It already names the function, or the part of a sum.
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f"reward function {name} raised {describe_error(error)}") from error
+
+
+def _checked_numbers(name: str, returned: Any, completions: Sequence[str]) -> list[float]:
+    if isinstance(returned, str | bytes | Mapping | Set):
+        raise TypeError(f"{type(returned).__name__!r} returned, not a list of numbers")
+    rewards = list(itertools.islice(returned, len(completions) + 1))  # A generator may never end.
     if len(rewards) != len(completions):
-        counts = (
-            f"{len(rewards) if len(rewards) < len(completions) else 'more'} rewards for {len(completions)} completions"
-        )
+        count = len(rewards) if len(rewards) < len(completions) else "more"
+        counts = f"{count} rewards for {len(completions)} completions"
         raise UserError(f"reward function {name} returned {counts}; it has to return one each")
+    numbers = [_number(reward) for reward in rewards]
     for completion, reward, number in zip(completions, rewards, numbers, strict=True):
         if not abs(number) <= LARGEST:
-            pair = f"{short_repr(reward)} for {short_repr(completion)}"
-            raise UserError(
-                f"reward function {name} returned {pair}; a finite number is needed, of {LARGEST:g} at most"
+            pair, wanted = (
+                f"{short_repr(reward)} for {short_repr(completion)}",
+                f"a finite number is needed, of {LARGEST:g}",
             )
+            raise UserError(f"reward function {name} returned {pair}; {wanted} at most")
     return numbers
 
 

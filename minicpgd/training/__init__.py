@@ -1,7 +1,7 @@
 """Training: one step, the loop around it, and the folder that a run leaves.
 
-In: a `TrainConfig`. Out: a run's folder with metrics, samples, checkpoints and the trained weights. `step.py` is the
-pseudocode of every algorithm; `loop.py` calls it, and `run_folder.py` says which files a run has.
+In: a `TrainConfig`. Out: a run's folder with metrics, samples, checkpoints and the trained weights. `step.py` reads
+like pseudocode, and is the code that runs; `loop.py` calls it, and `run_folder.py` describes the files.
 """
 
 from minicpgd.training.evaluation import evaluate, open_policy, respond

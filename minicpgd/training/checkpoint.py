@@ -25,7 +25,7 @@ from minicpgd.errors import UserError, is_out_of_memory, one_line, short_repr
 from minicpgd.files import parse_json, write_atomically
 
 KEEP = 2
-EXTRA = {"drift_coef"}  # The values that a header has beside the step.
+EXTRA = {"drift_coef"}  # The header has these values besides the step.
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
 
 
 def remove_newer(folder: Path, checkpoint: Checkpoint | None) -> None:
-    """Remove the damaged checkpoints that are newer, so that none of them counts as one of the two newest."""
+    """Remove all checkpoints after `checkpoint`: they are damaged, and must not count among the two newest."""
     for path in _newest_first(folder):
         if checkpoint and path == checkpoint.path:
             return
@@ -107,7 +107,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def _check_fits(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Check that the tensors are exactly those that `save_checkpoint` would write for these."""
+    """Check that the tensors are exactly those that `save_checkpoint` would write for this model and optimizer."""
     found = {name: _kind(tensor) for name, tensor in checkpoint.tensors.items()}
     wanted = {f"model.{name}": _kind(p) for name, p in model.named_parameters() if p.requires_grad}
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
@@ -121,7 +121,7 @@ def _check_fits(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim
 
 
 def _first_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The moments that an optimizer of this class keeps of such a parameter, after one step of a fresh optimizer."""
+    """Make one step with a new optimizer of this class, on zeros in the parameter's shape; return its state."""
     probe = nn.Parameter(torch.zeros_like(parameter))
     probe.grad = torch.zeros_like(probe)
     fresh = type(optimizer)([probe])  # type: ignore[call-arg]  # a base class has no defaults

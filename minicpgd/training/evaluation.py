@@ -1,12 +1,12 @@
 r"""Evaluation: how good is a policy on problems that it never trained on?
 
-Greedy accuracy takes the likeliest token each time, so it needs no random numbers. Sampled responses show what training
-sees, and `pass@k`: the probability that one of k tries is right. Its unbiased estimator, for n samples of which c are
-right, is (Chen et al., arXiv 2107.03374, equation 1)
+Greedy accuracy takes the likeliest token each time, so it needs no random numbers. Sampled responses estimate `pass@k`,
+the probability that at least one of k tries is right. Its unbiased estimator, for n samples of which c are right, is
+(Chen et al., arXiv 2107.03374, equation 1)
 
 $$ \mathrm{pass@}k = 1 - \binom{n-c}{k} \Big/ \binom{n}{k} $$
 
-In: a run, a model or a `Policy`, and a task. Out: shares of 1, and lengths in tokens.
+In: a run, a model or a `Policy`, and a task. Out: fractions of 1, and lengths in tokens.
 """
 
 from math import comb
@@ -23,7 +23,7 @@ from minicpgd.training.run_folder import resume_command
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The unbiased estimate that one of k tries is right, from c right ones in n samples; k <= n (equation 1)."""
+    """Estimate the probability that one of k tries is right, if c of n samples are right; k <= n (equation 1)."""
     return 1 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
@@ -47,7 +47,7 @@ def evaluate(
 
     Returns:
         `accuracy` (greedy), `sampled_accuracy`, `pass@k` for k = 1, 2, 4, ... up to `num_samples`, and
-        `completion_length` (greedy, tokens). Accuracies are shares of 1.
+        `completion_length` (greedy, tokens). Accuracies are fractions of 1.
 
     Raises:
         UserError: there is no such model, the run has not finished, or a number is out of range.

@@ -1,9 +1,9 @@
 r"""Export: add the adapter into the model's weights, for programs that know nothing of adapters.
 
 The result is $W + \frac{\alpha}{r}BA$ in full precision. A run in 4 bit saw a rounded copy of $W$, never the published
-one. So there are two weights to add to:
+one. So the adapter can be added to one of two versions of W:
 
-- `dequantised`: the rounded weights, written out in full. The result computes what was trained, to the last digits.
+- `dequantised`: the rounded weights, written out in full. The result computes what the trained model does.
 - `full`: the weights as published. The adapter was not made for them.
 
 The adapter is never added into the 4-bit weights themselves. They lie on a grid of 16 values, and a change smaller than
@@ -40,7 +40,7 @@ class ExportReport:
     The differences are those of log-probabilities, absolute, in nats, over the answers' tokens. Shares are of 1.
     """
 
-    rounding: float  # the largest difference between adding the adapter's output and adding it into the weights
+    rounding: float  # the largest difference between the model with a separate adapter and the merged model
     mean_difference: float  # the mean difference to the model as it was trained
     same_answers: float  # share of problems with the same text
     accuracy_trained: float
@@ -51,8 +51,7 @@ class ExportReport:
 def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems: int = 64) -> ExportReport:
     """Merge a run's adapter into its model, save the result in a new folder, and measure the difference.
 
-    Args:
-        base: the weights to add to; see above. For a run that was not in 4 bit they are the same.
+    The two kinds of `base` are explained above. For a run that was not in 4 bit they are the same.
 
     Raises:
         UserError: the run trained no adapter or has not finished, or the folder exists.
@@ -71,7 +70,7 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
     before = score(trained.model.eval())
     weights = dequantised(trained.peft.get_base_model()) if base == "dequantised" and config.load_in_4bit else {}
     del trained
-    gc.collect()  # Adapters refer to themselves, and a card holds only one of the two models.
+    gc.collect()  # Only this frees a model with an adapter. A card has no room for two models.
 
     in_float32 = replace(config, load_in_4bit=False, beta=0.0, dtype="float32")
     policy = load_policy(in_float32, adapter=run / config.weights_folder)

@@ -23,7 +23,7 @@ from minicpgd.training.step import Learner
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What a run calls: `on_step` has the step, its metrics and its timings; `on_warning` has one line.
+    """What a run calls. `on_step` gets the step, its metrics and its timings; `on_warning` gets one line of text.
 
     When `should_stop` returns true, the step is finished and saved, and the run ends.
     """
@@ -38,8 +38,7 @@ class Callbacks:
 def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = Callbacks()) -> Path:  # noqa: B008 (frozen)
     """Train, from the start or from the newest intact checkpoint of `config.folder`, and return that folder.
 
-    Args:
-        config: what to run. With `resume` it has to be the run's own, from its folder; only `max_steps` may be larger.
+    To resume, pass the config that is stored in the run's folder. Only `max_steps` may be larger.
 
     Raises:
         UserError: something cannot be loaded, resumed or written, a reward function fails, or the run's folder exists.
@@ -98,7 +97,7 @@ def _restore_newest(learner: Learner, run: RunFolder, callbacks: Callbacks) -> t
 
 @contextmanager
 def _one_line_for_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk, or one that is read-only, into one line."""
+    """Raise a UserError of one line if the disk is full or read-only."""
     try:
         yield
     except (OSError, SafetensorError) as error:

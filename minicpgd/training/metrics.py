@@ -33,7 +33,7 @@ class Experience:
 
 
 class Pass(NamedTuple):
-    """What the updates of one pass over a rollout saw: each minibatch just before its own update."""
+    """The results of one pass over a rollout. The loss of a minibatch is that just before its update."""
 
     outputs: list[LossOutput]  # of every micro-batch
     losses: list[float]  # of every update
@@ -53,11 +53,11 @@ class StepLog(NamedTuple):
     metrics: dict[str, float]  # a line of metrics.jsonl
     timings: dict[str, float] = {}  # a line of timings.jsonl: seconds, tokens per second, bytes; empty for step 0
     samples: Sequence[dict] = ()  # lines of samples.jsonl: the responses to the first prompt
-    passes: Sequence[dict] = ()  # lines of passes.jsonl: ratios, KL and clipped shares of each pass
+    passes: Sequence[dict] = ()  # lines of passes.jsonl: ratios, KL and shares of clipped tokens of each pass
 
 
 def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, config: TrainConfig) -> dict[str, float]:
-    """All metrics of a step. Ratios, KL and clipped shares are those of the last pass."""
+    """All metrics of a step. Ratios, KL and shares of clipped tokens are those of the last pass."""
     rollout, rewards = experience.rollout, experience.rewards
     deviation = rewards.std(dim=1, correction=min(1, rewards.shape[1] - 1))
     responses = zip(experience.problems, rollout.completions, strict=True)
@@ -77,7 +77,7 @@ def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, con
         "loss": float(np.mean([loss for seen in passes for loss in seen.losses])),
         "learning_rate": config.learning_rate,
     }
-    if experience.ref_logp is not None:  # A row with beta in its loss has measured it there.
+    if experience.ref_logp is not None:  # If beta acts in the loss, token_metrics has it.
         metrics.setdefault("kl_ref", k3((experience.ref_logp - rollout.logp)[rollout.mask]).mean().item())
     return metrics
 
@@ -123,5 +123,5 @@ def sample_rows(step: int, experience: Experience) -> list[dict]:
 
 
 def pass_rows(step: int, passes: Sequence[Pass]) -> list[dict]:
-    """Ratios, KL and clipped shares of each pass, as rows of passes.jsonl; passes count from 1."""
+    """Ratios, KL and shares of clipped tokens of each pass, as rows of passes.jsonl; passes count from 1."""
     return [{"step": step, "pass": number, **token_metrics(seen.outputs)} for number, seen in enumerate(passes, 1)]

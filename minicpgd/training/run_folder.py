@@ -4,10 +4,10 @@
     metrics.jsonl     a line per step: what the run did; the same bytes whenever it is repeated on one machine
     timings.jsonl     a line per step: what depends on the clock and the machine
     samples.jsonl     some sampled responses, with reward and advantage
-    passes.jsonl      for the same steps, a line per pass over the rollout: ratios, KL, clipped shares
+    passes.jsonl      for the same steps, a line per pass over the rollout: ratios, KL, shares of clipped tokens
     checkpoints/      the two newest (see checkpoint.py)
-    model/            the trained model, once the run has ended; transformers loads it. With LoRA it is
-    adapter/          instead, which PEFT loads onto the model that `config.json` names
+    model/            without LoRA, the trained model, once the run has ended; transformers loads it
+    adapter/          with LoRA, the trained adapter; PEFT loads it onto the model that `config.json` names
 
 Line 0 of the metrics is the model before training: its greedy accuracy and its mean reward on the held-out set.
 
@@ -51,7 +51,7 @@ def load_run(path: str | Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        UserError: there is no such run, or a log has a line that is not its own; the message names file and line.
+        UserError: there is no such run, or a log has a line that is not valid; the message names file and line.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -115,7 +115,7 @@ def resume_command(folder: Path) -> str:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Call this before anything that takes long.
+    """Refuse a run whose folder exists. Call this before any slow work.
 
     Raises:
         ConfigError: the run's folder exists already.
@@ -152,10 +152,10 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, config: TrainConfig) -> "RunFolder":
-        """Open the folder of a run that continues. Only `max_steps` may differ from its settings, and be larger.
+        """Open the folder of a run that continues. All settings must be the stored ones, but `max_steps` may be larger.
 
         Raises:
-            UserError: it is not a run, or another setting changed; the line names the fields.
+            UserError: it is not a run, or another setting changed; the message names the settings.
         """
         folder = config.folder
         if not (folder / "config.json").is_file():
@@ -184,7 +184,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep every other process from writing this run. The lock ends with the process, however it ends.
+        """Keep every other process from writing this run. The system releases the lock when the process ends.
 
         Raises:
             UserError: another process is writing the run.
@@ -196,7 +196,7 @@ class RunFolder:
             raise UserError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from error
 
     def truncate_after(self, step: int) -> list[int]:
-        """Remove the lines of all later steps, and return the steps until then that have no line in the metrics."""
+        """Remove the lines of all steps after `step`. Return the steps before that metrics.jsonl has no line for."""
         paths = [self.folder / f"{name}.jsonl" for name in LOGS]
         logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
         for path, rows in zip(paths, logs, strict=True):

@@ -43,7 +43,7 @@ class Generators(NamedTuple):
 
 
 def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Generators:
-    """Seed all that a step draws from (seed, step), torch's global generator too. Tokens are drawn on `device`."""
+    """Seed every generator of a step with (seed, step), also torch's global one. Tokens are drawn on `device`."""
     words = [int(word) for word in np.random.SeedSequence([seed, step]).generate_state(4)]
     torch.manual_seed(words[3])  # Dropout, where a model keeps it, draws from the global generator.
     tokens = torch.Generator(device).manual_seed(words[1])
@@ -75,28 +75,28 @@ class Learner:
 
     def collect(self, generators: Generators) -> Experience:
         """Sample a rollout, reward it, and compute its advantages. The learner does not change."""
-        config, groups = self.config, (self.config.num_prompts, self.config.num_generations)
+        config, shape = self.config, (self.config.num_prompts, self.config.num_generations)
 
-        # Sample G responses to each of N problems.
+        # Sample G responses to each of N problems. From here on a problem stands once for each response.
         problems = self.task.sample(config.num_prompts, generators.problems)
         prompts = [problem["prompt"] for problem in problems]
+        problems = [problem for problem in problems for _ in range(config.num_generations)]
         rollout = generate(self.policy, prompts, config.num_generations, config, generator=generators.tokens)
         if self.policy.model.dtype != torch.float32:  # In half precision the sampler's values differ from the scorer's.
             rollout = replace(rollout, logp=self.score(rollout))
-        problems = [problem for problem in problems for _ in range(config.num_generations)]
 
-        # Reward each response. With a reference, subtract its KL if the row has it in the reward.
-        rewards = torch.tensor(call_reward(self.reward, problems, rollout.completions), device=self.policy.device)
-        rewards = compared = rewards.view(groups)
-        ref_logp = None
+        # Reward each response. Some rows penalise the KL to the reference in the reward.
+        values = call_reward(self.reward, problems, rollout.completions)
+        rewards = torch.tensor(values, device=self.policy.device).view(shape)
+        penalty, ref_logp = torch.zeros_like(rewards), None
         if config.beta > 0:
             with self.policy.reference() as reference:
                 ref_logp = self.score(rollout, reference)
             if self.algorithm.reference_kl == "reward":
-                compared = rewards - config.beta * (rollout.logp - ref_logp).sum(dim=1).view(groups)  # This is k1.
+                penalty = config.beta * (rollout.logp - ref_logp).sum(dim=1).view(shape)  # This KL is k1.
 
         # Compare the responses to each problem with each other.
-        advantages = self.algorithm.advantages(compared, rollout.lengths.view(groups))
+        advantages = self.algorithm.advantages(rewards - penalty, rollout.lengths.view(shape))
         is_auto = config.drift_coef == "auto"
         drift_coef = auto_drift_coef(advantages, previous=self.drift_coef) if is_auto else self.drift_coef
         return Experience(problems, rollout, rewards, advantages, drift_coef, ref_logp)
