@@ -125,7 +125,7 @@ def rule_rewards(problems: list[dict[str, str]], rollout: Rollout) -> Tensor:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Compare each reward (N, G) with its group. The standard deviation divides by G - 1."""
+    """Compare each reward (N, G) with its group. The standard deviation has G - 1 in its denominator."""
     return (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
 

@@ -17,8 +17,8 @@ reward is compared with. The weight $w(x)$ says how much the prompt $x$ counts:
 | `inverse_std` | $1 / (\sigma + 10^{-4})$, with the standard deviation $\sigma$ of the group (GRPO, arXiv 2402.03300) |
 | `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, or 0 without such prompts (CPGD, arXiv 2505.12504) |
 
-$\sigma$ divides by G - 1. Equal rewards give exact zeros, because the first reward is subtracted before the mean is
-computed. Otherwise a rounding error near $10^{-9}$, divided by a small $\sigma$, would become a gradient.
+$\sigma$ has G - 1 in its denominator. The mean of equal rewards can have a rounding error, and a division by a small
+$\sigma$ would make a gradient of it. So the first reward is subtracted before a mean is taken: then the mean is exact.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def inverse_std(rewards: Tensor) -> Tensor:
 
 
 def clip_filter(rewards: Tensor) -> Tensor:
-    r"""$w(x) = \min(3, N / \#\{\sigma > 0\})$: prompts with different rewards replace those without (CPGD)."""
+    r"""$w(x) = \min(3, N / \#\{\sigma > 0\})$: prompts whose rewards differ stand in for the others (CPGD)."""
     informative = (rewards != rewards[:, :1]).any(dim=1).sum()
     weight = min(3.0, len(rewards) / int(informative)) if informative else 0.0
     return torch.full_like(rewards[:, :1], weight)

@@ -13,8 +13,8 @@ $$ \mathrm{KL}(p \,\|\, q) = \mathbb{E}_{y \sim p}[-e]. $$
 A good estimator of a KL can have a wrong gradient: on samples from $\pi_\theta$, the gradient of `k1` has mean zero,
 so `k1` is useless as a loss. CPGD penalises the *policy drift* $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$. Its samples
 come from $\pi_{old}$, so $e = \log \pi_\theta - \log \pi_{old}$. For these samples `k3` is an unbiased estimate of
-the drift, and $r - 1$ is an unbiased gradient, which grows without bound with the ratio $r = \exp(e)$. The loss
-therefore uses `bounded_drift`: it continues as a straight line once its slope has reached a bound.
+the drift. Its derivative $r - 1$ is unbiased too, but it grows without bound with the ratio $r = \exp(e)$. The loss
+therefore uses `bounded_drift`, which continues as a straight line once its slope has reached a bound.
 
 In: log-ratios of any shape, in nats. Out: the same shape and unit.
 """
@@ -45,8 +45,8 @@ def bounded_drift(log_ratio: Tensor, bound: float = 2.0) -> Tensor:
 
     $$ \frac{\partial}{\partial d}\,\mathrm{drift}(d) = \min(\exp(d) - 1,\; c) $$
 
-    CPGD (arXiv 2505.12504, section 3) bounds the gradient of a token with a very large ratio. This function is a
-    true antiderivative of the bounded gradient, so finite differences can check it.
+    CPGD (arXiv 2505.12504, section 3) bounds the gradient of a token with a very large ratio. This function has
+    exactly that bounded gradient as its derivative, so finite differences can check it.
 
     Args:
         log_ratio: $d = \log \pi_\theta - \log \pi_{old}$, any shape, nats.

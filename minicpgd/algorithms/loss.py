@@ -4,7 +4,7 @@ A row answers four questions:
 
 1. *centre* and *weight*: how good was a response? (`advantages.py`)
 2. *surrogate*: what is maximised, and where does a token stop counting? (`surrogates.py`)
-3. *aggregation*: how do tokens and responses share one mean? (`aggregation.py`)
+3. *aggregation*: how is the loss averaged over tokens and responses? (`aggregation.py`)
 4. *drift*: is moving away from $\pi_{old}$ penalised? (`divergence.py`)
 
 `Algorithm.loss` puts the answers together:
@@ -123,10 +123,10 @@ class Algorithm:
             mask: (B, T), true or 1 where a token belongs to the response. Other places are never read.
             settings: the clip bounds $[1-\varepsilon, 1+\varepsilon_{high}]$, $\alpha$, $c$ and $\beta$.
             ref_logp: (B, T), log-probabilities under the reference policy, for `beta`.
-            token_weights: (B, T), the rows of this micro-batch in the result of `token_weights` for its minibatch.
+            token_weights: (B, T); apply `Algorithm.token_weights` to a whole minibatch, and pass this part's rows.
 
         Returns:
-            The loss with its metrics. Each function names its paper; CPGD as a whole is from arXiv 2505.12504.
+            The loss, with its metrics (CPGD: arXiv 2505.12504; each function names its paper).
 
         Raises:
             ValueError: `beta` without `ref_logp`, or the aggregation `constant` without `token_weights`.
@@ -169,7 +169,7 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar loss, and the (B, T) tensors that its metrics need, detached. Reading `metrics` computes them."""
+    """A scalar loss, and detached (B, T) tensors. `metrics` is computed from them when it is first read."""
 
     loss: Tensor
     log_ratio: Tensor
@@ -215,9 +215,10 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
 def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
     r"""The coefficient that `drift_coef="auto"` sets for a rollout: $\alpha = \max |A|$. Ours, not the paper's.
 
-    Take one prompt with a response of one token, exact expectations, and no clip. The objective then has its maximum at
-    $r^* = 1 + A/\alpha \in [0, 2]$. With $\alpha < -\min A$ it has none: it grows without bound as the probability of
-    the worst token falls. Notebook 7 derives this, and `tests/test_closed_form.py` tests it.
+    Suppose that responses have one token, that expectations are exact, and that nothing is clipped. The objective is
+    largest if each token has the ratio $r^* = 1 + A/\alpha$, in [0, 2] with this rule. With $\alpha < -\min A$ there is
+    no maximum: it grows without bound as the probability of the worst token falls. Notebook 7 derives this, and
+    `tests/test_closed_form.py` tests it.
 
     The advantages are those of one rollout, in any shape. If all of them are 0, the coefficient stays at `previous`.
     """

@@ -16,7 +16,7 @@ For small r the rows with $r A$ have a vanishing gradient. The others keep $A$ u
 
 The fourth row is PPO's, and so GRPO's, RLOO's and REINFORCE++'s. If the ratio of a bad token has risen, its gradient
 grows with the ratio, without bound. The second row is CPGD's: no ratio multiplies the advantage. With the drift,
-CPGD's gradient can grow with r, too: for $A < 0$ and $\alpha = -A$ it is $r A$ from $1 - \varepsilon$ to 3.
+its gradient $A - \alpha (r - 1)$ can grow with r, too. For $A < 0$, $\alpha = -A$ it is $r A$ up to r = 1 + c = 3.
 
 In: `log_ratio` d and `logp` in nats and `advantage` A, all broadcastable to (B, T), and the bounds as log-ratios
 `low` < 0 < `high`. Out: the objective, and the objective without its bound. A token counts as clipped where these two
@@ -40,7 +40,7 @@ DUAL_CLIP = 3.0
 def ratio(log_ratio: Tensor) -> Tensor:
     r"""$r = \exp(d)$ (PPO, arXiv 1707.06347), limited to $e^{80}$.
 
-    A larger number would be infinite in float32, and then the gradient of a clipped token would be NaN.
+    Beyond $e^{88}$ a float32 is infinite, and the gradient of a clipped token would be NaN.
     """
     return log_ratio.clamp(max=80).exp()
 

@@ -113,8 +113,8 @@ def generate(
     model, was_training = policy.model, policy.model.training
     model.eval()
     prompt_ids, prompt_mask = policy.encode(prompts)
-    which = torch.arange(len(prompts), device=policy.device).repeat_interleave(num_generations)  # (B,)
-    parts = which.split(settings.rollout_batch_size or len(which))
+    answers = torch.arange(len(prompts), device=policy.device).repeat_interleave(num_generations)  # (B,)
+    parts = answers.split(settings.rollout_batch_size or len(answers))
     if greedy:
         generator = None
     try:
@@ -130,28 +130,28 @@ def generate(
     without_padding = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
     completions = policy.tokenizer.batch_decode(without_padding, skip_special_tokens=True)
     return Rollout(
-        prompt_ids=prompt_ids[which], prompt_mask=prompt_mask[which], completion_ids=ids, mask=mask, lengths=lengths,
-        truncated=~ended, logp=logp, entropy=entropy, completions=completions,
+        prompt_ids=prompt_ids[answers], prompt_mask=prompt_mask[answers], completion_ids=ids, mask=mask,
+        lengths=lengths, truncated=~ended, logp=logp, entropy=entropy, completions=completions,
     )  # fmt: skip
 
 
 def _sample_batch(
-    policy: Policy, ids: Tensor, mask: Tensor, which: Tensor, settings: SamplingSettings, generator: Generator | None
+    policy: Policy, ids: Tensor, mask: Tensor, answers: Tensor, settings: SamplingSettings, generator: Generator | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sample one response to each prompt in `which`, token by token; greedily without a generator.
+    """Sample b responses, token by token; greedily without a generator.
 
-    `ids` and `mask` are the prompts, (N, P). Equal indices in `which`, (b,), stand together. The result is token ids,
-    log-probabilities and entropies, (b, T) each, then lengths and whether a response ended, (b,) each.
+    `ids` and `mask` are the prompts, (N, P). Response i answers the prompt `answers[i]`; equal ones stand together. The
+    result is token ids, log-probabilities and entropies, (b, T) each, then lengths and whether each ended, (b,) each.
     """
     model, eos_ids, limit = policy.model, policy.eos_ids, settings.max_completion_length
-    completion_ids = which.new_full((len(which), limit), policy.pad_id)
-    logp, entropy = torch.zeros(2, len(which), limit, device=which.device)
-    lengths, ended = torch.full_like(which, limit), torch.zeros_like(which, dtype=torch.bool)
-    asked, group = torch.unique_consecutive(which, return_inverse=True)
+    completion_ids = answers.new_full((len(answers), limit), policy.pad_id)
+    logp, entropy = torch.zeros(2, len(answers), limit, device=answers.device)
+    lengths, ended = torch.full_like(answers, limit), torch.zeros_like(answers, dtype=torch.bool)
+    distinct, group = torch.unique_consecutive(answers, return_inverse=True)
     cache = DynamicCache(config=model.config)
-    inputs, attention = ids[asked], mask[asked]
+    inputs, attention = ids[distinct], mask[distinct]
     options = {cache_argument(model): cache, "logits_to_keep": 1}
-    active = torch.arange(len(which), device=which.device)  # These are still computed.
+    active = torch.arange(len(answers), device=answers.device)  # These are still computed.
     for t in range(limit):
         positions = position_ids(attention)[:, -inputs.shape[1] :]
         output = model(input_ids=inputs, attention_mask=attention, position_ids=positions, **options)
@@ -177,11 +177,10 @@ def _sample_batch(
         lengths[rows[ended[rows]]] = t + 1
         if ended.all():
             break
-        running = ~ended[active]
-        if 2 * int(running.sum()) <= len(active):  # Half have ended. Drop them, to save their computation.
-            keep = running.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            active, token, attention = active[keep], token[keep], attention[keep]
+        unfinished = (~ended[active]).nonzero().squeeze(1)
+        if 2 * len(unfinished) <= len(active):  # Half have ended. Drop them, to save their computation.
+            cache.batch_select_indices(unfinished)
+            active, token, attention = active[unfinished], token[unfinished], attention[unfinished]
         attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
         inputs = token[:, None]
     return completion_ids, logp, entropy, lengths, ended

@@ -6,7 +6,7 @@ the probability that at least one of k tries is right. Its unbiased estimator, f
 
 $$ \mathrm{pass@}k = 1 - \binom{n-c}{k} \Big/ \binom{n}{k} $$
 
-In: a run, a model or a `Policy`, and a task. Out: fractions of 1, and lengths in tokens.
+In: a run, a model or a `Policy`, and a task. Out: fractions between 0 and 1, and lengths in tokens.
 """
 
 from math import comb
@@ -23,7 +23,7 @@ from minicpgd.training.run_folder import resume_command
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Estimate the probability that one of k tries is right, if c of n samples are right; k <= n (equation 1)."""
+    """Estimate the probability that at least one of k <= num_samples tries is right (equation 1)."""
     return 1 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
@@ -47,7 +47,7 @@ def evaluate(
 
     Returns:
         `accuracy` (greedy), `sampled_accuracy`, `pass@k` for k = 1, 2, 4, ... up to `num_samples`, and
-        `completion_length` (greedy, tokens). Accuracies are fractions of 1.
+        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1.
 
     Raises:
         UserError: there is no such model, the run has not finished, or a number is out of range.
@@ -75,7 +75,7 @@ def open_policy(run_or_model: str | Path) -> tuple[Policy, TrainConfig]:
     folder = Path(run_or_model)
     if not ((folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()):
         name = str(run_or_model)
-        batch_size = None if resolve_model(name) != name else 64  # The keys and values of a real model need memory.
+        batch_size = None if resolve_model(name) != name else 64  # The KV cache of a real model needs memory.
         return load_policy(name), TrainConfig(rollout_batch_size=batch_size)
     config = load_config(folder / "config.json")
     trained = folder / config.weights_folder
@@ -105,7 +105,7 @@ def respond(
         asked for if the task has no more.
 
     Raises:
-        ConfigError: a number is out of range, or more tokens than fit.
+        ConfigError: a number is out of range, or there are too many tokens in all.
     """
     Range(1, MAX_TOKENS / settings.max_completion_length / num_samples).check("num_problems", num_problems)
     SEEDS.check("seed", seed)

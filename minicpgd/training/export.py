@@ -37,7 +37,7 @@ Base = Literal["full", "dequantised"]
 class ExportReport:
     """How far the exported model is from the trained one, on greedy answers of the trained one to held-out problems.
 
-    The differences are those of log-probabilities, absolute, in nats, over the answers' tokens. Shares are of 1.
+    The differences are absolute ones of the log-probabilities of the answers' tokens, in nats. Shares are at most 1.
     """
 
     rounding: float  # the largest difference between the model with a separate adapter and the merged model

@@ -42,7 +42,7 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
 
     Raises:
         UserError: something cannot be loaded, resumed or written, a reward function fails, or the run's folder exists.
-        NonFiniteError: a loss or gradient is not a number; checkpoints hold the last state that was saved.
+        NonFiniteError: a loss or gradient is not finite; the newest checkpoint is from before that.
     """
     if not resume:
         refuse_existing(config.folder)

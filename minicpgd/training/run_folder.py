@@ -196,7 +196,7 @@ class RunFolder:
             raise UserError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from error
 
     def truncate_after(self, step: int) -> list[int]:
-        """Remove the lines of all steps after `step`. Return the steps before that metrics.jsonl has no line for."""
+        """Remove the lines of all steps after `step`. Return the steps up to it that have no line in metrics.jsonl."""
         paths = [self.folder / f"{name}.jsonl" for name in LOGS]
         logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
         for path, rows in zip(paths, logs, strict=True):

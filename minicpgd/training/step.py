@@ -1,8 +1,8 @@
 r"""One training step: problems, rollout, rewards, advantages, K updates, log.
 
-An algorithm is a row of the table. Everything here is the same for all rows. In: a config. Out of each `step`: metrics,
-timings and some samples; the policy has changed. `collect` and `step` are the pseudocode; to change what a step does,
-begin there.
+An algorithm is a row of the table; nearly everything here is the same for all rows. In: a config. Out of each `step`:
+metrics, timings and some samples; the policy has changed. `collect` and `step` read like pseudocode. To change what a
+step does, begin there.
 
 K = `num_iterations` * `num_minibatches` updates are made on one rollout. At the first of them
 $\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift has neither value nor gradient, and all surrogates
@@ -55,9 +55,9 @@ class Learner:
     """What a run carries from step to step. `drift_coef` is that of the newest rollout."""
 
     config: TrainConfig
-    algorithm: Algorithm
+    algorithm: Algorithm  # the row of the table that the config names
     task: Task
-    reward: RewardFunction
+    reward: RewardFunction  # the task's own, or the one that the config names
     policy: Policy
     optimizer: torch.optim.Optimizer
     drift_coef: float
@@ -95,7 +95,7 @@ class Learner:
             if self.algorithm.reference_kl == "reward":
                 penalty = config.beta * (rollout.logp - ref_logp).sum(dim=1).view(shape)  # This KL is k1.
 
-        # Compare the responses to each problem with each other.
+        # Compare the rewards: within each group, or over the batch.
         advantages = self.algorithm.advantages(rewards - penalty, rollout.lengths.view(shape))
         is_auto = config.drift_coef == "auto"
         drift_coef = auto_drift_coef(advantages, previous=self.drift_coef) if is_auto else self.drift_coef
@@ -150,7 +150,7 @@ class Learner:
                 ref_logp = None if experience.ref_logp is None else experience.ref_logp[part, :t]
                 output = self.algorithm.loss(logp, *inputs, ref_logp=ref_logp, token_weights=weights[places, :t])
                 (scale * output.loss).backward()
-                # Drop the graph. Its small nodes would keep freed memory from being returned.
+                # Drop the graph, whose small nodes would keep large freed blocks from being given back.
                 outputs.append(replace(output, loss=output.loss.detach()))
             if scale != 1:
                 for parameter in parameters:
