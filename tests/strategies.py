@@ -20,7 +20,7 @@ def many(number):
     return settings(deadline=None, max_examples=number, derandomize=True)
 
 
-def told(function, *arguments, **options):
+def result_or_line(function, *arguments, **options):
     """Return the function's result, or the line of its UserError. The test fails if it raises anything else."""
     try:
         return function(*arguments, **options)

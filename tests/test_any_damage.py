@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from strategies import content, damaged, many, told, values
+from strategies import content, damaged, many, result_or_line, values
 
 from minicpgd import TrainConfig, evaluate, load_run, train
 from minicpgd.config import load_config
@@ -66,7 +66,7 @@ def resumed(folder):
     warnings = []
     config = load_config(folder / "config.json")
     config = TrainConfig(**(vars(config) | {"output_dir": str(folder)}))
-    result = told(train, config, resume=True, callbacks=Callbacks(on_warning=warnings.append))
+    result = result_or_line(train, config, resume=True, callbacks=Callbacks(on_warning=warnings.append))
     assert all(line.isprintable() for line in warnings)
     return result if isinstance(result, str) else warnings
 
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_something_else_goes_into_no_model(stopped, learner, kin
     name = data.draw(st.sampled_from(sorted(load_checkpoint(folder / "checkpoints", pytest.fail).tensors)))
     rewrite(folder / NEWEST, lambda header, tensors: (TENSORS[kind](tensors, name), header)[1])
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    line = told(restore, load_checkpoint(folder / "checkpoints", pytest.fail), model, learner.optimizer)
+    line = result_or_line(restore, load_checkpoint(folder / "checkpoints", pytest.fail), model, learner.optimizer)
     assert f"{folder / NEWEST}: not of this model and this optimizer: " in line
     torch.testing.assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
     assert not learner.optimizer.state
@@ -206,7 +206,7 @@ def test_a_tensor_that_does_not_fit_is_named_with_both_shapes(tmp_path):
         (torch.nn.Linear(2, 3, bias=False), "model.0.bias is float32 (3,), not none;"),
     ):
         other = torch.nn.Sequential(layer)
-        assert words in told(restore, checkpoint, other, torch.optim.AdamW(other.parameters()))
+        assert words in result_or_line(restore, checkpoint, other, torch.optim.AdamW(other.parameters()))
 
 
 def test_a_checkpoint_fits_no_other_optimizer(tmp_path):
@@ -218,7 +218,7 @@ def test_a_checkpoint_fits_no_other_optimizer(tmp_path):
     checkpoint = load_checkpoint(tmp_path, pytest.fail)
     restore(checkpoint, model, torch.optim.AdamW(model.parameters()))
     for other in (torch.optim.RMSprop, torch.optim.SGD, torch.optim.Adamax):
-        assert "optimizer.0.exp_" in told(restore, checkpoint, model, other(model.parameters()))
+        assert "optimizer.0.exp_" in result_or_line(restore, checkpoint, model, other(model.parameters()))
 
 
 def test_a_checkpoint_that_is_no_file_is_ignored_and_one_of_a_later_step_is_refused(stopped, uninterrupted):
@@ -271,9 +271,9 @@ def test_any_line_in_any_log_is_read_or_named(stopped, log, line, place):
     path.write_bytes(b"".join([*lines[:place], line + b"\n", *lines[place:]]))
     before = logs(folder)
     for read in (load_run, load_timings, open_policy):
-        result = told(read, folder)
+        result = result_or_line(read, folder)
         assert not isinstance(result, str) or str(path) in result or "has not finished" in result
-    result = told(RunFolder(folder, load_config(folder / "config.json")).truncate_after, 2)
+    result = result_or_line(RunFolder(folder, load_config(folder / "config.json")).truncate_after, 2)
     assert isinstance(result, list) or (str(path) in result and before == logs(folder))
 
 
@@ -296,8 +296,8 @@ def test_a_run_that_has_not_begun_cannot_be_drawn_yet(stopped, tmp_path):
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     for text in ("", lines[0]):
         (folder / "metrics.jsonl").write_text(text)
-        assert "metrics.jsonl has no 'clip_frac_neg'" in told(lambda: list(save_figures(tmp_path, [folder])))
+        assert "metrics.jsonl has no 'clip_frac_neg'" in result_or_line(lambda: list(save_figures(tmp_path, [folder])))
     (folder / "metrics.jsonl").unlink()
     (folder / "metrics.jsonl").symlink_to("/dev/zero")
-    assert "not a file" in told(load_run, folder)
-    assert "the folder has no weights" in told(evaluate, folder)
+    assert "not a file" in result_or_line(load_run, folder)
+    assert "the folder has no weights" in result_or_line(evaluate, folder)

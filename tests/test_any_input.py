@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import content, many, told, values
+from strategies import content, many, result_or_line, values
 
 from minicpgd import TrainConfig, train
 from minicpgd.cli.main import COMMANDS, main
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 def test_any_object_is_a_config_or_a_line_that_names_its_field(folder, settings):
     path = folder / "config.json"
     path.write_text(json.dumps(settings))
-    config = told(load_config, path)
+    config = result_or_line(load_config, path)
     if isinstance(config, str):
         assert config.startswith(f"{path}: ")
         assert "unknown fields" in config or any(name in config for name in settings)
@@ -57,7 +57,7 @@ def test_any_object_is_a_config_or_a_line_that_names_its_field(folder, settings)
 def test_any_bytes_are_a_config_or_a_line_that_names_the_file(folder, written):
     path = folder / "config.json"
     path.write_bytes(written)
-    config = told(load_config, path)
+    config = result_or_line(load_config, path)
     assert isinstance(config, TrainConfig) or str(path) in config
 
 
@@ -72,11 +72,11 @@ def test_any_bytes_are_a_config_or_a_line_that_names_the_file(folder, written):
 )
 def test_a_config_that_json_would_misread_is_one_line(tmp_path, text, line):
     (tmp_path / "config.json").write_text(text)
-    assert line in told(load_config, tmp_path / "config.json")
+    assert line in result_or_line(load_config, tmp_path / "config.json")
 
 
 def test_a_number_that_is_too_long_to_be_printed_is_one_line():
-    assert told(TrainConfig, seed=10**5000).startswith("seed = a value of type int: it has to be at most")
+    assert result_or_line(TrainConfig, seed=10**5000).startswith("seed = a value of type int: it has to be at most")
 
 
 @many(75)
@@ -88,7 +88,7 @@ def test_a_number_that_is_too_long_to_be_printed_is_one_line():
 def test_anything_is_a_recipe_or_a_line_that_names_the_file(folder, written):
     path = folder / "mine.yaml"
     path.write_bytes(written)
-    recipe = told(load_recipe, str(path))
+    recipe = result_or_line(load_recipe, str(path))
     assert not isinstance(recipe, str) or recipe.startswith(f"{path}: ")
 
 
@@ -122,7 +122,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_yaml_that_is_no_recipe_is_one_line_and_runs_no_code(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(text)
-    assert told(load_recipe, "mine.yaml").startswith("mine.yaml: ")
+    assert result_or_line(load_recipe, "mine.yaml").startswith("mine.yaml: ")
     assert not Path("ran").exists()
 
 
@@ -170,7 +170,7 @@ def test_the_ends_of_every_range_can_be_trained_with_or_are_one_line(tmp_path, m
     for number, value in enumerate(EXTREME[name]):
         more = {"lora_r": 2} if name.startswith("lora") else {"task": "jsonl"} if name == "data" else {}
         settings = {"output_dir": f"run{number}"} | TINY | more | {name: value}
-        told(lambda settings=settings: train(TrainConfig(**settings)))
+        result_or_line(lambda settings=settings: train(TrainConfig(**settings)))
 
 
 # Command lines -------------------------------------------------------------------------------------------------------

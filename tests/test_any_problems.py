@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import content, damaged, many, told, values
+from strategies import content, damaged, many, result_or_line, values
 
 from minicpgd.tasks import call_reward, load_reward
 from minicpgd.tasks.data_files import find_files, read_files
@@ -37,7 +37,7 @@ GOOD = '{"prompt": "1+1=", "answer": "2"}\n'
 def test_any_bytes_are_problems_or_a_line_that_names_the_place(folder, written, before):
     path = folder / "mine.jsonl"
     path.write_bytes(before + written)
-    rows = told(read_files, [path])
+    rows = result_or_line(read_files, [path])
     if isinstance(rows, str):
         assert rows.startswith((f"{path}, line ", f"{path}: empty"))
     else:
@@ -69,7 +69,7 @@ def test_any_bytes_are_problems_or_a_line_that_names_the_place(folder, written, 
 )
 def test_a_file_with_a_bad_row_is_one_line(tmp_path, written, line):
     (tmp_path / "x.jsonl").write_bytes(written)
-    error = told(read_files, [tmp_path / "x.jsonl"])
+    error = result_or_line(read_files, [tmp_path / "x.jsonl"])
     assert error.startswith(str(tmp_path / "x.jsonl"))
     assert line in error
 
@@ -93,18 +93,18 @@ def test_what_is_no_file_is_one_line_and_a_pipe_is_not_opened(tmp_path):
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     for name in ("pipe.jsonl", "loop.jsonl", "folder.jsonl", "x\0.jsonl", "x" * 5000, "~nobody-of-that-name/x.jsonl"):
-        assert told(find_files, str(tmp_path / name) if name[0] != "~" else name).startswith("data = ")
+        assert result_or_line(find_files, str(tmp_path / name) if name[0] != "~" else name).startswith("data = ")
     (tmp_path / "folder.jsonl" / "train.jsonl").symlink_to("../pipe.jsonl")
     (tmp_path / "folder.jsonl" / "test.jsonl").symlink_to("../loop.jsonl")
     for paths in find_files(str(tmp_path / "folder.jsonl")).values():
-        assert "cannot be read" in told(read_files, paths)
+        assert "cannot be read" in result_or_line(read_files, paths)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_without_permission_to_read_is_one_line(tmp_path):
     (tmp_path / "x.jsonl").write_text(GOOD)
     (tmp_path / "x.jsonl").chmod(0)
-    assert "Permission denied" in told(read_files, [tmp_path / "x.jsonl"])
+    assert "Permission denied" in result_or_line(read_files, [tmp_path / "x.jsonl"])
 
 
 COLUMNS = {
@@ -123,7 +123,7 @@ def test_any_damage_to_a_parquet_file_is_rows_or_one_line(folder, data):
     path = folder / "mine.parquet"
     pq.write_table(pa.table(COLUMNS), path)
     path.write_bytes(damaged(data, path.read_bytes()))
-    rows = told(read_files, [path])
+    rows = result_or_line(read_files, [path])
     assert isinstance(rows, list) or rows.startswith(str(path))
 
 
@@ -141,7 +141,7 @@ def test_a_parquet_file_with_a_flaw_is_one_line(tmp_path, flaw):
             else pa.array([10**18], pa.timestamp("ms"))
         )
     pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "x.parquet")
-    assert told(read_files, [tmp_path / "x.parquet"]).startswith(str(tmp_path / "x.parquet"))
+    assert result_or_line(read_files, [tmp_path / "x.parquet"]).startswith(str(tmp_path / "x.parquet"))
 
 
 # Rewards -------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", RETURNED)
 def test_returned_values_that_are_no_rewards_are_one_line(name):
-    line = told(call_reward, lambda prompts, completions, answer: RETURNED[name], ROWS, ["x", "y"])
+    line = result_or_line(call_reward, lambda prompts, completions, answer: RETURNED[name], ROWS, ["x", "y"])
     assert line.startswith(f"reward function {__name__}:<lambda> r")
 
 
@@ -239,13 +239,15 @@ def test_any_error_of_a_reward_function_is_one_line(error):
         raise error
 
     name = (error if isinstance(error, type) else type(error)).__name__
-    assert told(call_reward, mine, ROWS, ["x", "y"]).startswith(f"reward function {__name__}:mine raised {name}")
+    assert result_or_line(call_reward, mine, ROWS, ["x", "y"]).startswith(
+        f"reward function {__name__}:mine raised {name}"
+    )
 
 
 def test_a_module_that_exits_when_it_is_imported_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "exits_at_once.py").write_text("import sys\nsys.exit()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert told(load_reward, "exits_at_once:f") == "reward = 'exits_at_once:f': SystemExit"
+    assert result_or_line(load_reward, "exits_at_once:f") == "reward = 'exits_at_once:f': SystemExit"
 
 
 @many(100)
@@ -256,5 +258,5 @@ def test_a_module_that_exits_when_it_is_imported_is_one_line(tmp_path, monkeypat
     ).map("".join)
 )
 def test_any_text_is_a_reward_or_one_line(text):
-    function = told(load_reward, text)
+    function = result_or_line(load_reward, text)
     assert callable(function) or function.startswith("reward = ")

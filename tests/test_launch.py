@@ -10,7 +10,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import many, poison, told
+from strategies import many, poison, result_or_line
 from torch.distributed.run import get_args_parser
 
 from minicpgd import UserError, evaluate
@@ -142,7 +142,7 @@ WORDS = [
 @given(st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=4))
 def test_any_words_are_one_line(words):
     """The last flag does not exist, so nothing is ever trained."""
-    line = told(launch.main, [*FLAGS, *words, "--there-is-no-such-flag"])
+    line = result_or_line(launch.main, [*FLAGS, *words, "--there-is-no-such-flag"])
     assert isinstance(line, str)
 
 
@@ -160,10 +160,10 @@ def test_code_that_comes_with_a_model_runs_only_with_the_flag_for_it(tmp_path, m
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked on the terminal"))
     flags = [*FLAGS, *SMALL, *model_with_code(tmp_path / "model", tmp_path / "ran"), "--max_steps", "1"]
-    assert "contains custom code" in told(launch.main, flags)
+    assert "contains custom code" in result_or_line(launch.main, flags)
     assert not (tmp_path / "ran").exists()
     assert "warning" not in capsys.readouterr().err
-    assert "and no further" in told(launch.main, [*flags, "--trust_remote_code"])
+    assert "and no further" in result_or_line(launch.main, [*flags, "--trust_remote_code"])
     assert (tmp_path / "ran").exists()
     warning = capsys.readouterr().err
     assert warning == f"warning: --trust_remote_code: Python code that comes with {tmp_path / 'model'} is run\n"
@@ -175,6 +175,6 @@ def test_the_pickles_of_a_checkpoint_cannot_run_code(tmp_path):
     launch.main([*flags, "--max_steps", "1"])
     checkpoint = tmp_path / "out" / "checkpoint-1"
     poison(checkpoint, tmp_path / "ran", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
-    line = told(launch.main, [*flags, "--max_steps", "2", "--resume_from_checkpoint", str(checkpoint)])
+    line = result_or_line(launch.main, [*flags, "--max_steps", "2", "--resume_from_checkpoint", str(checkpoint)])
     assert line.startswith(f"resume_from_checkpoint = '{checkpoint}': ")
     assert not (tmp_path / "ran").exists()

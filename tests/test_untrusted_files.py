@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from strategies import poison, told
+from strategies import poison, result_or_line
 from torch import ones
 
 import minicpgd
@@ -40,9 +40,9 @@ def test_the_pickles_of_a_folder_are_not_loaded(model, marker):
     poison(model, marker, *PICKLES)
     load_policy(str(model))
     (model / "model.safetensors").rename(model / "other.safetensors")  # The folder still has a file of weights.
-    assert told(load_policy, str(model)).startswith(f"model = '{model}': cannot be loaded")
+    assert result_or_line(load_policy, str(model)).startswith(f"model = '{model}': cannot be loaded")
     (model / "other.safetensors").unlink()
-    assert "*.safetensors is needed" in told(load_policy, str(model))
+    assert "*.safetensors is needed" in result_or_line(load_policy, str(model))
     assert not marker.exists()
 
 
@@ -57,7 +57,7 @@ def test_the_pickles_of_a_model_from_the_hub_are_not_loaded(model, marker, tmp_p
     poison(cached, marker, *PICKLES)
     assert load_policy("some/body").model.num_parameters() == 107_968
     (cached / "model.safetensors").unlink()
-    assert told(load_policy, "some/body").startswith("model = 'some/body': ")
+    assert result_or_line(load_policy, "some/body").startswith("model = 'some/body': ")
     assert not marker.exists()
 
 
@@ -73,7 +73,7 @@ def test_a_model_without_all_of_its_weights_is_refused(model):
         save_file(
             {n: w for n, w in weights.items() if n != name} | changed, model / "model.safetensors", {"format": "pt"}
         )
-        line = told(load_policy, str(model))
+        line = result_or_line(load_policy, str(model))
         assert line.startswith(f"model = '{model}': cannot be loaded: ")
         assert word in line
 
@@ -95,16 +95,16 @@ def test_an_adapter_that_is_a_pickle_or_names_a_module_is_refused(with_adapter, 
     (with_adapter / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     edit(adapter / "adapter_config.json", megatron_config={"x": 1}, megatron_core="run.evil")
-    assert "its config is not LoRA's alone" in told(evaluate, with_adapter)
+    assert "its config is not LoRA's alone" in result_or_line(evaluate, with_adapter)
     edit(adapter / "adapter_config.json", megatron_config=None)
     poison(adapter, marker, *PICKLES)
     (adapter / "adapter_model.safetensors").unlink()
-    assert "adapter_model.safetensors is needed" in told(evaluate, with_adapter)
+    assert "adapter_model.safetensors is needed" in result_or_line(evaluate, with_adapter)
     save_file({"x": ones(1)}, adapter / "adapter_model.safetensors")
-    assert "Found missing adapter keys" in told(evaluate, with_adapter)
+    assert "Found missing adapter keys" in result_or_line(evaluate, with_adapter)
     for text in ("{", "[]", "{}", '{"peft_type": "LORA", "r": "x"}', '{"peft_type": "PROMPT_TUNING"}'):
         (adapter / "adapter_config.json").write_text(text)
-        assert told(evaluate, with_adapter).startswith(f"{adapter}: not an adapter for this model: ")
+        assert result_or_line(evaluate, with_adapter).startswith(f"{adapter}: not an adapter for this model: ")
     assert not marker.exists()
 
 
@@ -122,7 +122,7 @@ def test_the_python_of_a_model_is_not_run(model, marker, model_type):
         tokenizer_class="Theirs",
     )
     for load in (load_policy, model_config):
-        result = told(load, str(model))
+        result = result_or_line(load, str(model))
         assert not isinstance(result, str) or result.startswith(f"model = '{model}': ")
     assert not marker.exists()
 
@@ -144,7 +144,7 @@ TEMPLATES = {
 def test_a_chat_template_runs_in_a_sandbox(policy, marker, template):
     """The sandbox cannot stop a template that never ends."""
     policy.tokenizer.chat_template = template.replace("MARKER", str(marker))
-    assert TEMPLATES[template] in str(told(policy.encode, ["1+1="]))
+    assert TEMPLATES[template] in str(result_or_line(policy.encode, ["1+1="]))
     assert not marker.exists()
 
 
