@@ -201,6 +201,15 @@ def test_a_row_clips_unless_its_objective_has_no_bound():
     assert {name for name, row in ALGORITHMS.items() if not row.clips} == {"pg", "pgd", "grpo_unclipped"}
 
 
+@pytest.mark.parametrize("side", ["low", "high"])
+def test_a_row_that_is_bounded_on_one_side_only_clips(side):
+    def surrogate(d, A, logp, low, high):
+        beyond = (A < 0) & (d < low) if side == "low" else (A > 0) & (d > high)
+        return torch.where(beyond, 0.0, d * A), d * A
+
+    assert replace(ALGORITHMS["cpgd"], surrogate=surrogate).clips
+
+
 def test_sequence_levels_by_hand():
     """gspo takes the geometric mean of the ratios, rloo at the sequence level their product, over real tokens only."""
     logp, old, advantages, mask = random_batch(spread=0.1)
