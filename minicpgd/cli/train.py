@@ -1,5 +1,6 @@
 """The command `train`. Ctrl-C finishes the step, saves, and says how to continue."""
 
+import os
 import shlex
 import signal
 import sys
@@ -76,12 +77,13 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list; the second one raises KeyboardInterrupt."""
+    """Collect Ctrl-C and SIGTERM in a list; the second one ends the process."""
     received: list[int] = []
 
     def remember(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
+        if received:  # An exception could be lost here, for example in a __del__.
+            os.write(2, b"\x1b[?25h" * console.is_terminal + b"minicpgd: stopped. Finished work is kept\n")
+            os._exit(130)
         received.append(number)
         console.print("\nfinishing this step and saving; press Ctrl-C again to stop at once")
 

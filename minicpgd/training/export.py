@@ -51,8 +51,6 @@ class ExportReport:
 def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems: int = 64) -> ExportReport:
     """Merge a run's adapter into its model, save the result in a new folder, and measure the difference.
 
-    The two kinds of `base` are explained above. For a run that was not in 4 bit they are the same.
-
     Raises:
         UserError: the run trained no adapter or has not finished, or the folder exists.
     """
