@@ -1,9 +1,9 @@
 """The table: every algorithm is one row.
 
 The columns from `centre` to `drift` answer the questions in `loss.py`. `drift` is true or false, and the others hold
-functions. A few rows set more: the `level` of the ratio, an upper clip bound of their own (`epsilon_high`), and whether the KL to a
-reference policy is penalised in the loss or in the reward (`reference_kl`). To try an idea of your own, write its
-function beside the others and add a row.
+functions. A few rows set more: the `level` of the ratio, an upper clip bound of their own (`epsilon_high`), and whether
+the KL to a reference policy is penalised in the loss or in the reward (`reference_kl`). To try an idea of your own,
+write its function beside the others and add a row.
 
 In: the name of an algorithm. Out: its row, an `Algorithm`.
 """

@@ -27,15 +27,10 @@ class Bars:
 
     def __init__(self, names: Sequence[str], total: int, unit: str = ""):
         done = TextColumn("{task.completed:3.0f}" + unit) if unit else MofNCompleteColumn()
+        bar = (TextColumn("{task.description:<12}"), BarColumn(24), done)
         clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        columns = (
-            TextColumn("{task.description:<12}"),
-            BarColumn(24),
-            done,
-            *clocks,
-            TextColumn("{task.fields[note]}"),
-        )
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        note = TextColumn("{task.fields[note]}")
+        self.progress = Progress(*bar, *clocks, note, console=console, disable=not console.is_terminal)
         self.names, self.total, self.unit = list(names), total, unit
         self.printed: dict[int, tuple[float, float]] = {}  # Each bar's newest plain line has a time and a position.
         self.first: dict[int, tuple[float, float]] = {}  # A bar's clock starts at its first update.

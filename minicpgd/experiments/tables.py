@@ -4,7 +4,7 @@ In: a study's folder. Out: a table of strings, with the names of the rows in the
 `statistics.py`, are in brackets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +15,20 @@ from minicpgd.experiments.outcome import HEALTHY
 from minicpgd.experiments.statistics import Estimate, bootstrap_mean, wilson
 
 
+def _with_interval(estimate: Iterable[float], form: str, unit: str = "") -> str:
+    """A number and the ends of its interval in brackets, which are left out if they are NaN."""
+    value, low, high = (format(x, form).replace("e-0", "e-") for x in estimate)
+    return f"{value}{unit}" if low == "nan" else f"{value}{unit} [{low}, {high}]"
+
+
 def mean_text(per_seed: pd.Series) -> str:
     """A mean over seeds, as in 0.58 [0.50, 0.67]; without an interval if there is one seed."""
-    value, low, high = (f"{x:.2f}" for x in bootstrap_mean(per_seed))
-    return value if low == "nan" else f"{value} [{low}, {high}]"
+    return _with_interval(bootstrap_mean(per_seed), ".2f")
 
 
 def percent(estimate: Estimate) -> str:
     """As in 58 % [50, 67]."""
-    value, low, high = (f"{100 * x:.0f}" for x in estimate)
-    return f"{value} %" if low == "nan" else f"{value} % [{low}, {high}]"
+    return _with_interval([100 * x for x in estimate], ".0f", unit=" %")
 
 
 def count_text(collapsed: pd.Series) -> str:
@@ -63,8 +67,7 @@ def tolerated_rate(rows: pd.DataFrame) -> pd.Series:
 
 def geometric(values: pd.Series, form: str) -> str:
     """A geometric mean over seeds, as in 1.8e-4 [1.6e-4, 2.0e-4]."""
-    value, low, high = (format(np.exp(x), form).replace("e-0", "e-") for x in bootstrap_mean(np.log(values)))
-    return value if low == "nan" else f"{value} [{low}, {high}]"
+    return _with_interval(np.exp(bootstrap_mean(np.log(values))), form)
 
 
 def advantage_size(rows: pd.DataFrame) -> float:
