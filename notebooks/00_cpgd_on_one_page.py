@@ -3,8 +3,8 @@
 #
 # CPGD (Clipped Policy Gradient Optimization with Policy Drift, [arXiv 2505.12504](https://arxiv.org/abs/2505.12504))
 # trains a language model on rewards that a rule computes. The model samples several responses to each prompt, and an
-# update raises the log-probability of those responses whose reward exceeds the mean of their group, and lowers that of
-# the others. A clip and a drift penalty keep the new policy close to the policy that sampled.
+# update raises the log-probability of the responses whose reward exceeds the mean of their group. It lowers that of the
+# responses below the mean. A clip and a drift penalty keep the new policy close to the policy that sampled.
 #
 # This page implements all of it in plain PyTorch and transformers. It trains a tiny model on one CPU core in less than
 # a minute. It imports two things from minicpgd: the task, and the path of the model.
@@ -60,8 +60,8 @@ def next_token_logits(ids: Tensor, attention: Tensor) -> Tensor:
 # ## 2. Sample responses
 #
 # A rollout holds G responses to each of N prompts, B = N · G responses in all. The prompts have padding on the left, so
-# all responses begin in the same column. The loop draws one token per row and stores its log-probability. It is
-# $\ln \pi_{\mathrm{old}}$: the policy that samples is called *old*. Updates change the model, not the stored values.
+# all responses begin in the same column. The loop draws one token per row and stores the token's log-probability.
+# The policy that samples is called *old*, so the stored value is $\ln \pi_{\mathrm{old}}$. Updates do not change it.
 #
 # A response ends with its first `<eos>`, and the mask excludes everything after it. When half of the rows have ended,
 # the loop continues without them.
@@ -263,6 +263,6 @@ plt.show()
 #
 # - [The table of algorithms](../minicpgd/algorithms/table.py#ALGORITHMS) states CPGD, GRPO, RLOO, REINFORCE++ and their
 #   relatives, in one row each. Sections 3 and 4 of this page are its row `cpgd`.
-# - [The step of the package](../minicpgd/training/step.py#Learner.step) is section 6 of this page. For large models it
-#   adds GPUs, adapters, micro-batches and a log.
+# - [The step of the package](../minicpgd/training/step.py#Learner.step) is section 6 of this page. It adds a
+#   log, and for large models GPUs, adapters and micro-batches.
 # - [Notebook 1](01_cpgd_step_by_step.ipynb) makes one step slowly. It prints every number and asks questions.

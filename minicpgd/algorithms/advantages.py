@@ -1,8 +1,8 @@
 r"""Advantages: was this response better than expected for its prompt?
 
 Rewards come in as (N, G): N prompts, G sampled responses to each. Advantages go out in the same shape: one number per
-response, shared by all of its tokens. An advantage is a *centred* reward times a *weight*. The centre says what the
-reward is compared with. The weight $w(x)$ says how much the prompt $x$ counts:
+response, shared by all of its tokens. An advantage is a *centred* reward times a *weight*; `loss.py` multiplies them.
+The centre says what the reward is compared with. The weight $w(x)$ says how much the prompt $x$ counts:
 
 | centre | the reward is compared with |
 |---|---|
@@ -17,8 +17,8 @@ reward is compared with. The weight $w(x)$ says how much the prompt $x$ counts:
 | `inverse_std` | $1 / (\sigma + 10^{-4})$, with the standard deviation $\sigma$ of the group (GRPO, arXiv 2402.03300) |
 | `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, or 0 without such prompts (CPGD, arXiv 2505.12504) |
 
-$\sigma$ has G - 1 in its denominator. The mean of equal rewards can have a rounding error, and a division by a small
-$\sigma$ would make a gradient of it. So the first reward is subtracted before a mean is taken: then the mean is exact.
+$\sigma$ has G - 1 in its denominator. If all rewards of a group are equal, their computed mean can have a rounding
+error, and the division by $\sigma$ would enlarge it. The code first subtracts the first reward: then 0 is exact.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def inverse_std(rewards: Tensor) -> Tensor:
 
 
 def clip_filter(rewards: Tensor) -> Tensor:
-    r"""$w(x) = \min(3, N / \#\{\sigma > 0\})$: prompts whose rewards differ stand in for the others (CPGD)."""
+    r"""$w(x) = \min(3, N / \#\{\sigma > 0\})$: the fewer prompts have a gradient, the more each counts (CPGD)."""
     informative = (rewards != rewards[:, :1]).any(dim=1).sum()
     weight = min(3.0, len(rewards) / int(informative)) if informative else 0.0
     return torch.full_like(rewards[:, :1], weight)

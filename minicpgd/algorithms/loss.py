@@ -63,7 +63,7 @@ class Algorithm:
     shows: str
     """What a reader learns from this row."""
     level: Level = per_token
-    """Whether each token or the whole response has one ratio."""
+    """Whether each token has its own ratio, or the tokens of a response share one."""
     epsilon_high: float | None = None
     """The row's own upper clip bound, where it has one."""
     reference_kl: str = "loss"
@@ -93,7 +93,7 @@ class Algorithm:
         )
 
     def advantages(self, rewards: Tensor, lengths: Tensor, *, advantage_weight: str | None = None) -> Tensor:
-        """Compute the advantages, (N, G). They are exactly 0 if all rewards of the batch are equal.
+        r"""Compute (N, G) advantages: for CPGD, $(R - \mu) / (\sigma + 10^{-4})$. If all rewards are equal, they are 0.
 
         Args:
             rewards: (N, G), one per response, any unit.
@@ -123,7 +123,7 @@ class Algorithm:
             mask: (B, T), true or 1 where a token belongs to the response. Other places are never read.
             settings: the clip bounds $[1-\varepsilon, 1+\varepsilon_{high}]$, $\alpha$, $c$ and $\beta$.
             ref_logp: (B, T), log-probabilities under the reference policy, for `beta`.
-            token_weights: (B, T); apply `Algorithm.token_weights` to a whole minibatch, and pass this part's rows.
+            token_weights: (B, T), by default from `mask`. For a micro-batch, pass its rows of the minibatch's weights.
 
         Returns:
             The loss, with its metrics (CPGD: arXiv 2505.12504; each function names its paper).
@@ -163,7 +163,7 @@ class Algorithm:
         return 1 - epsilon, 1 + above
 
     def token_weights(self, mask: Tensor, max_completion_length: int | None = None) -> Tensor:
-        """Compute the weight (B, T) of each token from the mask (B, T) of a minibatch; the length is in tokens."""
+        """Compute the weight of each token, (B, T), from a minibatch's mask (B, T) and the limit on its lengths."""
         return self.aggregation(mask, max_completion_length)
 
 
@@ -188,9 +188,9 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
     r"""Metrics over all tokens of several batches, such as one pass over a rollout.
 
     `kl_old`: mean k3 of $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$, nats per token. `ratio_min`, `ratio_p01`,
-    `ratio_p99`, `ratio_max`: quantiles of the token ratios. `clip_frac_pos`, `clip_frac_neg`: share of all tokens that
-    the surrogate clips, with A > 0 and with A < 0. `kl_ref`: mean k3 to the reference, if there is one. (k3: Schulman,
-    *Approximating KL divergence*, 2020.)
+    `ratio_p99`, `ratio_max`: quantiles of the token ratios. `clip_frac_pos`: the number of clipped tokens with
+    A > 0, divided by the number of all tokens. `clip_frac_neg`: the same for A < 0. `kl_ref`: mean k3 to the reference,
+    if there is one.
     """
     # These are float64, because float32 cannot hold exp of a very large log-ratio.
     d = torch.cat([o.log_ratio[o.mask] for o in outputs]).double()
@@ -217,8 +217,7 @@ def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
 
     Suppose that responses have one token, that expectations are exact, and that nothing is clipped. The objective is
     largest if each token has the ratio $r^* = 1 + A/\alpha$, in [0, 2] with this rule. With $\alpha < -\min A$ there is
-    no maximum: it grows without bound as the probability of the worst token falls. Notebook 7 derives this, and
-    `tests/test_closed_form.py` tests it.
+    no maximum: the objective grows without bound as the probability of the worst token falls. Notebook 7 derives this.
 
     The advantages are those of one rollout, in any shape. If all of them are 0, the coefficient stays at `previous`.
     """

@@ -1,4 +1,4 @@
-r"""Surrogates: what is maximised, estimated on samples of an older policy.
+r"""Surrogates: the quantity that training maximises. It is estimated on samples of an older policy.
 
 With $d = \log \pi_\theta - \log \pi_{old}$, $r = \exp(d)$ and the advantage $A$, each surrogate is a number per token
 to be *maximised*. At $r = 1$ all of them have the same gradient, $A$. They differ where r is far from 1:
@@ -16,12 +16,13 @@ For small r the rows with $r A$ have a vanishing gradient. The others keep $A$ u
 
 The fourth row is PPO's, and so GRPO's, RLOO's and REINFORCE++'s. If the ratio of a bad token has risen, its gradient
 grows with the ratio, without bound. The second row is CPGD's: no ratio multiplies the advantage. With the drift,
-its gradient $A - \alpha (r - 1)$ can grow with r, too. For $A < 0$, $\alpha = -A$ it is $r A$ up to r = 1 + c = 3.
+its gradient is $A - \alpha (r - 1)$, whose size can also grow with r. Take A < 0 and $\alpha = -A$: the gradient is
+$r A$, as in GRPO, up to r = 1 + c. (c is `drift_clip`, by default 2.)
 
-In: `log_ratio` d and `logp` in nats and `advantage` A, all broadcastable to (B, T), and the bounds as log-ratios
-`low` < 0 < `high`. Out: the objective, and the objective without its bound. A token counts as clipped where these two
-values differ. All surrogates have one signature. The functions of `LEVELS`, at the end, give each token or the whole
-response one ratio: they turn log-ratios and mask, (B, T), into log-ratios, (B, T) or (B, 1).
+In: `log_ratio` (d, nats), `logp` (nats) and `advantage` (A), each broadcastable to (B, T); the clip bounds `low` < 0 <
+`high`, which are log-ratios. Out: the objective, and the objective without its bound. A token counts as clipped where
+these two values differ. All surrogates have one signature. The functions of `LEVELS`, at the end of this file, decide
+whether each token has its own ratio or a response shares one: (B, T) log-ratios go in, (B, T) or (B, 1) come out.
 """
 
 import math
@@ -76,7 +77,7 @@ def ratio_dual_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: flo
 
 
 def capped_weight(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
-    r"""$\mathrm{sg}[\min(r, 1+\varepsilon_{high})]\, A \log \pi_\theta$: no token is silenced (CISPO, 2506.13585)."""
+    r"""$\mathrm{sg}[\min(r, 1+\varepsilon_{high})]\, A \log \pi_\theta$; sg stops the gradient (CISPO, 2506.13585)."""
     weight = ratio(log_ratio.detach())
     return weight.clamp(max=math.exp(high)) * advantage * logp, weight * advantage * logp
 

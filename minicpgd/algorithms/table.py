@@ -36,9 +36,9 @@ _ROWS = (
     Algorithm("grpo",                   "GRPO",                 group_centred,          inverse_std, ratio_clip,      sequence_mean, False, "PPO's clip; the group is its own baseline"),
     Algorithm("rloo",                   "RLOO",                 leave_one_out,          equal,       ratio_clip,      sequence_mean, False, "the other responses are the baseline"),
     Algorithm("reinforce_pp",           "REINFORCE++",          batch_whitened,         equal,       ratio_clip,      token_mean,    False, "the batch is the baseline: no groups", reference_kl="reward"),
-    Algorithm("reinforce_pp_baseline",  "REINFORCE++ baseline", group_centred_whitened, equal,       ratio_clip,      token_mean,    False, "the group first, then the scale of the batch"),
+    Algorithm("reinforce_pp_baseline",  "REINFORCE++ baseline", group_centred_whitened, equal,       ratio_clip,      token_mean,    False, "subtract the group's mean, then whiten over the batch"),
     # CPGD taken apart
-    Algorithm("pg",                     "CPGD without both",    group_centred,          inverse_std, log_ratio_free,  sequence_mean, False, "neither ratio, nor clip, nor drift"),
+    Algorithm("pg",                     "CPGD without both",    group_centred,          inverse_std, log_ratio_free,  sequence_mean, False, "no ratio, no clip, no drift"),
     Algorithm("cpg",                    "CPGD without drift",   group_centred,          inverse_std, log_ratio_clip,  sequence_mean, False, "CPGD without the drift"),
     Algorithm("pgd",                    "CPGD without clip",    group_centred,          inverse_std, log_ratio_free,  sequence_mean, True,  "CPGD without the clip"),
     # GRPO taken apart

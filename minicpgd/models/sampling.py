@@ -112,7 +112,7 @@ def generate(
         raise ValueError("sampling needs a generator; greedy=True needs none")
     model, was_training = policy.model, policy.model.training
     model.eval()
-    prompt_ids, prompt_mask = policy.encode(prompts)
+    prompt_ids, prompt_mask = policy.encode(prompts)  # (N, P), left-padded
     answers = torch.arange(len(prompts), device=policy.device).repeat_interleave(num_generations)  # (B,)
     parts = answers.split(settings.rollout_batch_size or len(answers))
     if greedy:
@@ -150,7 +150,7 @@ def _sample_batch(
     distinct, group = torch.unique_consecutive(answers, return_inverse=True)
     cache = DynamicCache(config=model.config)
     inputs, attention = ids[distinct], mask[distinct]
-    options = {cache_argument(model): cache, "logits_to_keep": 1}
+    options = {cache_argument(model): cache, "logits_to_keep": 1}  # Versions of transformers differ in the name.
     active = torch.arange(len(answers), device=answers.device)  # These are still computed.
     for t in range(limit):
         positions = position_ids(attention)[:, -inputs.shape[1] :]

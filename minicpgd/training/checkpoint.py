@@ -124,7 +124,7 @@ def _first_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[
     """Make one step with a new optimizer of this class, on zeros in the parameter's shape; return its state."""
     probe = nn.Parameter(torch.zeros_like(parameter))
     probe.grad = torch.zeros_like(probe)
-    fresh = type(optimizer)([probe])  # type: ignore[call-arg]  # a base class has no defaults
+    fresh = type(optimizer)([probe])  # type: ignore[call-arg]  # mypy knows only the base class, which needs defaults
     fresh.step()
     return fresh.state[probe]
 

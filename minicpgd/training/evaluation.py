@@ -37,7 +37,7 @@ def evaluate(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Measure a policy on the first `num_problems` held-out problems.
+    """Measure a policy on `num_problems` held-out problems.
 
     Args:
         run_or_model: a finished run's folder, "embedded", a model folder, a hub name, or a `Policy`.
@@ -75,12 +75,12 @@ def open_policy(run_or_model: str | Path) -> tuple[Policy, TrainConfig]:
     folder = Path(run_or_model)
     if not ((folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()):
         name = str(run_or_model)
-        batch_size = None if resolve_model(name) != name else 64  # The KV cache of a real model needs memory.
+        batch_size = None if resolve_model(name) != name else 64  # Only the embedded model is known to be small.
         return load_policy(name), TrainConfig(rollout_batch_size=batch_size)
     config = load_config(folder / "config.json")
     trained = folder / config.weights_folder
     if not trained.is_dir():
-        raise UserError(f"{folder}: has not finished; if it is not running, {resume_command(folder)}")
+        raise UserError(f"{folder}: has not finished. Wait for it, or continue it: {resume_command(folder)}")
     if config.lora_r:
         return load_policy(config, with_reference=config.beta > 0, adapter=trained), config
     return load_policy(ModelSettings(str(trained), chat_template=config.chat_template)), config

@@ -1,7 +1,7 @@
 r"""Export: add the adapter into the model's weights, for programs that know nothing of adapters.
 
-The result is $W + \frac{\alpha}{r}BA$ in full precision. A run in 4 bit saw a rounded copy of $W$, never the published
-one. So the adapter can be added to one of two versions of W:
+The result is W + (`lora_alpha` / `lora_r`) B A in full precision, with the adapter's matrices B and A. A run in 4 bit
+saw a rounded copy of W, never the published one. So the adapter can be added to one of two versions of W:
 
 - `dequantised`: the rounded weights, written out in full. The result computes what the trained model does.
 - `full`: the weights as published. The adapter was not made for them.
@@ -9,8 +9,8 @@ one. So the adapter can be added to one of two versions of W:
 The adapter is never added into the 4-bit weights themselves. They lie on a grid of 16 values, and a change smaller than
 half a step is rounded away. `docs/qlora.md` has the measurements.
 
-The whole model has to fit in float32: four bytes a weight, more than training needs. If a card has less, hide it with
-`CUDA_VISIBLE_DEVICES= minicpgd export RUN`; the CPU then does everything.
+The whole model has to fit in float32: four bytes a weight, more than in half precision or 4 bit. If a card has less,
+hide it with `CUDA_VISIBLE_DEVICES= minicpgd export RUN`; the CPU then does everything.
 
 In: the folder of a finished LoRA run. Out: a folder that transformers loads, and an `ExportReport`.
 """
@@ -35,9 +35,9 @@ Base = Literal["full", "dequantised"]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """How far the exported model is from the trained one, on greedy answers of the trained one to held-out problems.
+    """The difference between the exported and the trained model. The trained one answers held-out problems greedily.
 
-    The differences are absolute ones of the log-probabilities of the answers' tokens, in nats. Shares are at most 1.
+    Both models score these answers. Differences are absolute, between log-probabilities of tokens, in nats.
     """
 
     rounding: float  # the largest difference between the model with a separate adapter and the merged model

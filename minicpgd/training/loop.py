@@ -41,7 +41,7 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
     To resume, pass the config that is stored in the run's folder. Only `max_steps` may be larger.
 
     Raises:
-        UserError: something cannot be loaded, resumed or written, a reward function fails, or the run's folder exists.
+        UserError: something cannot be loaded, resumed or written, a reward fails, or a new run's folder exists.
         NonFiniteError: a loss or gradient is not finite; the newest checkpoint is from before that.
     """
     if not resume:
@@ -75,12 +75,12 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
 def _restore_newest(learner: Learner, run: RunFolder, callbacks: Callbacks) -> tuple[int, Path | None]:
     """Restore the newest intact checkpoint, and remove what was logged and saved after it.
 
-    Return the next step, and the checkpoint's path, if there is one. A step that is made again gives the same result.
+    Return the next step, and the checkpoint's path, if there is one. A step that the run repeats has the same result.
     """
     checkpoint = load_checkpoint(run.checkpoints, callbacks.on_warning)
     last, path = (checkpoint.step, checkpoint.path) if checkpoint else (-1, None)
     if last > run.config.max_steps:
-        raise UserError(f"{path}: its step is after max_steps = {run.config.max_steps}; it is not of this run")
+        raise UserError(f"{path}: it is after max_steps = {run.config.max_steps}; it belongs to another run")
     if checkpoint:
         restore(checkpoint, learner.policy.model, learner.optimizer)
         learner.drift_coef = checkpoint.extra["drift_coef"]

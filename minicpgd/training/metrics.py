@@ -77,7 +77,7 @@ def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, con
         "loss": float(np.mean([loss for seen in passes for loss in seen.losses])),
         "learning_rate": config.learning_rate,
     }
-    if experience.ref_logp is not None:  # If beta acts in the loss, token_metrics has it.
+    if experience.ref_logp is not None:  # If beta acts in the loss, token_metrics has added kl_ref.
         metrics.setdefault("kl_ref", k3((experience.ref_logp - rollout.logp)[rollout.mask]).mean().item())
     return metrics
 

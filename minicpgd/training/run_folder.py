@@ -94,7 +94,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if type(row.get("step")) is not int or row["step"] < 0:
                 raise ValueError(f"step = {short_repr(row.get('step'))}: a step is a number, from 0 on")
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}; without that line the file can be read") from error
+            raise UserError(f"{path}, line {number}: {error}; remove that line and try again") from error
         rows.append(row)
     return rows
 
@@ -152,7 +152,7 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, config: TrainConfig) -> "RunFolder":
-        """Open the folder of a run that continues. All settings must be the stored ones, but `max_steps` may be larger.
+        """Open the folder of a run that continues. Only `max_steps` may be larger than what is stored.
 
         Raises:
             UserError: it is not a run, or another setting changed; the message names the settings.
@@ -196,7 +196,7 @@ class RunFolder:
             raise UserError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from error
 
     def truncate_after(self, step: int) -> list[int]:
-        """Remove the lines of all steps after `step`. Return the steps up to it that have no line in metrics.jsonl."""
+        """Remove the lines of all steps after `step`. Return the earlier steps that metrics.jsonl has no line of."""
         paths = [self.folder / f"{name}.jsonl" for name in LOGS]
         logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
         for path, rows in zip(paths, logs, strict=True):

@@ -1,19 +1,17 @@
 r"""One training step: problems, rollout, rewards, advantages, K updates, log.
 
-An algorithm is a row of the table; nearly everything here is the same for all rows. In: a config. Out of each `step`:
-metrics, timings and some samples; the policy has changed. `collect` and `step` read like pseudocode. To change what a
-step does, begin there.
+An algorithm is a row of `algorithms/table.py`; nearly everything here is the same for all rows. In: a config. Out: each
+call of `step` changes the policy, and returns metrics, timings and some samples. `collect` and `step` read like
+pseudocode. To change what a step does, begin there.
 
-K = `num_iterations` * `num_minibatches` updates are made on one rollout. At the first of them
-$\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift has neither value nor gradient, and all surrogates
-have the same gradient. The algorithms differ in how far K and the learning rate can be raised before the policy
-collapses.
+K = `num_iterations` * `num_minibatches` updates are made on one rollout. At the first of them, with the default
+settings, $\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift has neither value nor gradient, and all
+surrogates have the same gradient. Algorithms differ in how large K and the learning rate can be before they collapse.
 """
 
 import random
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,14 +19,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minicpgd.algorithms import Algorithm, LossOutput, auto_drift_coef
+from minicpgd.algorithms.loss import Algorithm, LossOutput, auto_drift_coef
 from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError
 from minicpgd.models.logprobs import token_logprobs
 from minicpgd.models.policy import Policy, load_policy
 from minicpgd.models.precision import LOSS_SCALE, make_optimizer, one_thread_if_small
 from minicpgd.models.sampling import Rollout, generate
-from minicpgd.tasks import RewardFunction, Task, call_reward, load_reward, load_task
+from minicpgd.tasks.rewards import RewardFunction, call_reward, load_reward
+from minicpgd.tasks.task import Task, load_task
 from minicpgd.training import metrics
 from minicpgd.training.evaluation import respond
 from minicpgd.training.metrics import Experience, Pass, StepLog
@@ -45,7 +44,7 @@ class Generators(NamedTuple):
 def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Generators:
     """Seed every generator of a step with (seed, step), also torch's global one. Tokens are drawn on `device`."""
     words = [int(word) for word in np.random.SeedSequence([seed, step]).generate_state(4)]
-    torch.manual_seed(words[3])  # Dropout, where a model keeps it, draws from the global generator.
+    torch.manual_seed(words[3])  # Dropout (disable_dropout=False) draws from the global generator.
     tokens = torch.Generator(device).manual_seed(words[1])
     return Generators(random.Random(words[0]), tokens, torch.Generator().manual_seed(words[2]))
 
@@ -55,9 +54,9 @@ class Learner:
     """What a run carries from step to step. `drift_coef` is that of the newest rollout."""
 
     config: TrainConfig
-    algorithm: Algorithm  # the row of the table that the config names
+    algorithm: Algorithm  # the row of algorithms/table.py that the config names, with the config's changes
     task: Task
-    reward: RewardFunction  # the task's own, or the one that the config names
+    reward: RewardFunction  # the config's, else the task's: exact_answer in tasks/rewards.py for chain_arithmetic
     policy: Policy
     optimizer: torch.optim.Optimizer
     drift_coef: float
@@ -77,12 +76,12 @@ class Learner:
         """Sample a rollout, reward it, and compute its advantages. The learner does not change."""
         config, shape = self.config, (self.config.num_prompts, self.config.num_generations)
 
-        # Sample G responses to each of N problems. From here on a problem stands once for each response.
+        # Sample G responses to each of N problems. Below, the list has each problem G times: once for each response.
         problems = self.task.sample(config.num_prompts, generators.problems)
         prompts = [problem["prompt"] for problem in problems]
         problems = [problem for problem in problems for _ in range(config.num_generations)]
         rollout = generate(self.policy, prompts, config.num_generations, config, generator=generators.tokens)
-        if self.policy.model.dtype != torch.float32:  # In half precision the sampler's values differ from the scorer's.
+        if self.policy.model.dtype != torch.float32:  # In half precision the scorer rounds otherwise.
             rollout = replace(rollout, logp=self.score(rollout))
 
         # Reward each response. Some rows penalise the KL to the reference in the reward.
@@ -93,7 +92,7 @@ class Learner:
             with self.policy.reference() as reference:
                 ref_logp = self.score(rollout, reference)
             if self.algorithm.reference_kl == "reward":
-                penalty = config.beta * (rollout.logp - ref_logp).sum(dim=1).view(shape)  # This KL is k1.
+                penalty = config.beta * (rollout.logp - ref_logp).sum(dim=1).view(shape)  # k1, summed
 
         # Compare the rewards: within each group, or over the batch.
         advantages = self.algorithm.advantages(rewards - penalty, rollout.lengths.view(shape))
@@ -127,13 +126,13 @@ class Learner:
         return Pass.from_updates([self.update(experience, rows) for rows in minibatches])
 
     def update(self, experience: Experience, rows: Tensor) -> tuple[list[LossOutput], float]:
-        """One optimizer step on some responses, in micro-batches; `rows` are their indices, (b,).
+        """Make one optimizer step, in micro-batches, on the responses with the indices `rows`, (b,).
 
         Returns:
             The loss of each micro-batch (the minibatch's loss is their sum), and the gradient's norm before clipping.
 
         Raises:
-            NonFiniteError: the loss or the gradient is not finite; nothing was changed.
+            NonFiniteError: the loss or the gradient is not finite; this update does not change the weights.
         """
         config, model, parameters = self.config, self.policy.model, self.optimizer.param_groups[0]["params"]
         rollout, advantages = experience.rollout, experience.advantages.flatten()
@@ -143,14 +142,16 @@ class Learner:
         scale, outputs = LOSS_SCALE if model.dtype == torch.float16 else 1.0, []
         with one_thread_if_small(model):
             for places in rollout.micro_batches(rows, config.micro_batch_size, config.micro_batch_tokens):
-                part = rows[places]
+                part = rows[places]  # `places` are positions in `rows`.
                 ids, attention, t = rollout.inputs(part)
                 logp, _ = token_logprobs(model, ids, attention, t, config.temperature, config.chunk_size)
-                inputs = (rollout.logp[part, :t], advantages[part], mask[part, :t], settings)
-                ref_logp = None if experience.ref_logp is None else experience.ref_logp[part, :t]
-                output = self.algorithm.loss(logp, *inputs, ref_logp=ref_logp, token_weights=weights[places, :t])
+                old_logp, ref_logp = rollout.logp[part, :t], experience.ref_logp
+                output = self.algorithm.loss(
+                    logp, old_logp, advantages[part], mask[part, :t], settings, token_weights=weights[places, :t],
+                    ref_logp=None if ref_logp is None else ref_logp[part, :t],
+                )  # fmt: skip
                 (scale * output.loss).backward()
-                # Drop the graph, whose small nodes would keep large freed blocks from being given back.
+                # Drop the graph, so that the allocator can return the large blocks between its small nodes.
                 outputs.append(replace(output, loss=output.loss.detach()))
             if scale != 1:
                 for parameter in parameters:
@@ -175,7 +176,8 @@ class Learner:
 
     def score(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
         r"""(B, T) log-probabilities of a rollout's tokens, nats, 0 at padding: under $\pi_\theta$, or another model."""
-        config = self.config
-        size = config.micro_batch_size or max(1, len(rollout.lengths) // config.num_minibatches)
-        score = partial(rollout.score, temperature=config.temperature, chunk_size=config.chunk_size)
-        return score(model or self.policy.model, size=size, tokens=config.micro_batch_tokens)
+        c, model = self.config, model or self.policy.model
+        size = c.micro_batch_size or max(1, len(rollout.lengths) // c.num_minibatches)
+        return rollout.score(
+            model, size=size, tokens=c.micro_batch_tokens, temperature=c.temperature, chunk_size=c.chunk_size
+        )
