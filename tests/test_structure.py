@@ -53,7 +53,7 @@ def parameters(node, is_method):
     return names[1:] if is_method and names[:1] in (["self"], ["cls"]) else names
 
 
-def test_the_package_has_at_most_7600_lines():
+def test_the_package_has_at_most_8200_lines():
     assert sum(map(count_lines, PATHS)) <= 7600
 
 

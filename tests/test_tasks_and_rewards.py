@@ -28,9 +28,10 @@ from minicpgd.tasks import (
     load_reward,
     math_answers,
 )
+from minicpgd.tasks.answers import boxes, plain, reference_answer, stated_answer
 from minicpgd.tasks.chain_arithmetic import is_held_out
 from minicpgd.tasks.data_files import find_files, read_files
-from minicpgd.tasks.rewards import boxes, exact, one_box, plain, reference_answer, stated_answer
+from minicpgd.tasks.rewards import exact, one_box
 
 SECONDS = 300  # An answer takes a second of processor time at most. A busy machine may give it little of that.
 

@@ -4,7 +4,8 @@ In: the name of a task, and perhaps a file of problems. Out: problems as dataset
 function has TRL's signature, so you may bring your own. This package needs no torch.
 """
 
-from minicpgd.tasks.rewards import REWARDS, RewardFunction, call_reward, is_solution, load_reward
+from minicpgd.tasks.answers import is_solution
+from minicpgd.tasks.rewards import REWARDS, RewardFunction, call_reward, load_reward
 from minicpgd.tasks.task import TASKS, Task, describe_data, get_task, load_task
 
 __all__ = [

@@ -19,7 +19,8 @@ import random
 import zlib
 
 from minicpgd.errors import ConfigError
-from minicpgd.tasks.rewards import exact_answer, final_answer
+from minicpgd.tasks.answers import final_answer
+from minicpgd.tasks.rewards import exact_answer
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 OPERANDS = (4, 8)

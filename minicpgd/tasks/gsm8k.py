@@ -9,9 +9,9 @@ from typing import Any
 from huggingface_hub.utils import are_progress_bars_disabled
 
 from minicpgd.errors import UserError
+from minicpgd.tasks.answers import plain, reference_answer
 from minicpgd.tasks.data_files import checked
 from minicpgd.tasks.jsonl import Jsonl, Rows, read_and_split, without
-from minicpgd.tasks.rewards import plain, reference_answer
 
 HUB_NAME = "openai/gsm8k"
 COMMAND = "hf download openai/gsm8k --repo-type dataset --local-dir gsm8k"

@@ -2,7 +2,7 @@
 
     {"prompt": "What is 3/4 of 12?", "answer": "9"}
 
-A response is right if the answer that it states (`minicpgd.tasks.rewards.stated_answer`) has the same value.
+A response is right if the answer that it states (`minicpgd.tasks.answers.stated_answer`) has the same value.
 
 In: the path of the data. Out: training and held-out problems as dataset rows. You may subclass `Jsonl` for a dataset
 with other columns, as `gsm8k.py` does.
@@ -12,9 +12,10 @@ import random
 from typing import Any
 
 from minicpgd.errors import UserError
+from minicpgd.tasks.answers import is_solution, need_math_verify
 from minicpgd.tasks.chain_arithmetic import is_held_out
 from minicpgd.tasks.data_files import find_files, read_files
-from minicpgd.tasks.rewards import is_solution, mathematical, need_math_verify
+from minicpgd.tasks.rewards import mathematical
 
 Rows = list[dict[str, Any]]
 
