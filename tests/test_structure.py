@@ -54,7 +54,7 @@ def parameters(node, is_method):
 
 
 def test_the_package_has_at_most_8200_lines():
-    assert sum(map(count_lines, PATHS)) <= 7600
+    assert sum(map(count_lines, PATHS)) <= 8200
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name_of)
