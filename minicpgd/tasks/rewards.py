@@ -1,20 +1,24 @@
 r"""Rule-based rewards: functions from completions to numbers, without a model that judges.
 
-In: prompts, completions and the dataset's other columns. Out: one number per completion. The signature is TRL's,
-`f(prompts, completions, **columns) -> list[float]`, so TRL's GRPOTrainer can run these functions, and its functions run
-here. You may add functions to `REWARDS`, or bring your own as `my_rewards:short`.
+In: prompts, completions and the dataset's other columns. Out: one number per completion, or None where a function does
+not judge it. The signature is TRL's, so TRL's GRPOTrainer can run these functions, and its functions run here:
+
+    f(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]
+
+A function here may leave out each name that it does not need. It may be asynchronous. You may add functions to
+`REWARDS`, or bring your own as `my_rewards:short`.
 """
 
-import contextlib
 import importlib
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from minicpgd.errors import ConfigError, UserError, describe_error, did_you_mean, short_repr
+from minicpgd.errors import ConfigError, describe_error, did_you_mean, short_repr
 from minicpgd.tasks.answers import (
     boxes,
     final_answer,
@@ -24,30 +28,46 @@ from minicpgd.tasks.answers import (
     reference_answer,
     stated_answer,
 )
+from minicpgd.tasks.reward_call import RewardFunction, checked_call, name_of, response_text
 
-RewardFunction = Callable[..., list[float]]
-
-LARGEST = 1e15  # Rewards are summed and squared in float32, whose largest number is 3e38.
 _AFTER_BOX = re.compile(r"(?:[\s.,$*]|\\\]|\\\))*")  # the end of a sentence or of a formula
 
 
-def exact_answer(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+def answer_text(answer: Any) -> str:
+    """A dataset's answer as text, where 3.0 is "3" and True is "true".
+
+    Raises:
+        TypeError: the answer is neither text nor a finite number.
+    """
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, bool):
+        return str(answer).lower()
+    if not (isinstance(answer, Real | Decimal) and math.isfinite(answer)):
+        raise TypeError(f"the answer {short_repr(answer)} is neither text nor a finite number")
+    whole = math.floor(answer)
+    return str(whole if whole == answer else answer)
+
+
+def exact_answer(prompts: Sequence, completions: Sequence, answer: Sequence, **_: Any) -> list[float]:
     """The reward of chain_arithmetic: 1.0 where `final_answer` is exactly the answer; else 0.0."""
-    return [float(final_answer(c) == a) for c, a in zip(completions, answer, strict=True)]
+    stated = [final_answer(response_text(completion)) for completion in completions]
+    return [float(s == answer_text(a)) for s, a in zip(stated, answer, strict=True)]
 
 
-def exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+def exact(prompts: Sequence, completions: Sequence, answer: Sequence, **_: Any) -> list[float]:
     """1.0 where the final answer and the reference are the same text after `plain`; else 0.0."""
-    stated, references = map(stated_answer, completions), map(reference_answer, answer)
-    return [float(s is not None and plain(s) == plain(r)) for s, r in zip(stated, references, strict=True)]
+    stated = [stated_answer(response_text(completion)) for completion in completions]
+    references = [plain(reference_answer(answer_text(a))) for a in answer]
+    return [float(s is not None and plain(s) == r) for s, r in zip(stated, references, strict=True)]
 
 
-def mathematical(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+def mathematical(prompts: Sequence, completions: Sequence, answer: Sequence, **_: Any) -> list[float]:
     """1.0 where the final answer has the reference's value (`is_solution`); else 0.0."""
-    return [float(is_solution(c, a)) for c, a in zip(completions, answer, strict=True)]
+    return [float(is_solution(response_text(c), answer_text(a))) for c, a in zip(completions, answer, strict=True)]
 
 
-def one_box(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+def one_box(prompts: Sequence, completions: Sequence, **_: Any) -> list[float]:
     r"""1.0 where a response has one `\boxed{}`, which is not empty and ends the response; else 0.0."""
 
     def ends_in_one_box(text: str) -> bool:
@@ -56,7 +76,7 @@ def one_box(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> lis
         start, end = found[0]
         return bool(text[start:end].strip() and _AFTER_BOX.fullmatch(text, end + 1))
 
-    return [float(ends_in_one_box(completion)) for completion in completions]
+    return [float(ends_in_one_box(response_text(completion))) for completion in completions]
 
 
 REWARDS: dict[str, RewardFunction] = {"exact": exact, "math": mathematical, "format": one_box}
@@ -65,7 +85,8 @@ REWARDS: dict[str, RewardFunction] = {"exact": exact, "math": mathematical, "for
 def load_reward(text: str) -> RewardFunction:
     """Turn a text such as `math`, `my_rewards:short_and_right` or `math + 0.2*format` into a reward function.
 
-    A sum has parts with `+` between them. A part is a name, or a number, `*` and a name.
+    A sum has parts with `+` between them. A part is a name, or a number, `*` and a name. Where a part's reward is None,
+    the other parts count alone. Where all are None, the sum is None.
 
     Raises:
         ConfigError: a weight is not a number, a name is unknown, a module cannot be imported or has no such function,
@@ -85,13 +106,13 @@ def load_reward(text: str) -> RewardFunction:
     if len(parts) == 1 and parts[0][0] == 1.0:
         return parts[0][2]
 
-    def weighted_sum(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-        totals = [0.0] * len(completions)
+    def weighted_sum(prompts: Sequence, completions: Sequence, **others: Any) -> list[float | None]:
+        totals: list[float | None] = [None] * len(completions)
         for factor, name, function in parts:
-            with _errors_of(name):
-                returned = function(prompts=prompts, completions=list(completions), **columns)
-                rewards = _checked_numbers(name, returned, completions)
-            totals = [total + factor * reward for total, reward in zip(totals, rewards, strict=True)]
+            rewards = checked_call(name, function, completions, prompts=prompts, **others)
+            for i, reward in enumerate(rewards):
+                if reward is not None:
+                    totals[i] = (totals[i] or 0.0) + factor * reward
         return totals
 
     weighted_sum.__name__ = text  # TRL logs a reward under this name.
@@ -117,56 +138,66 @@ def _find(name: str, text: str) -> RewardFunction:
     return function
 
 
-def call_reward(function: RewardFunction, rows: Sequence[dict], completions: Sequence[str]) -> list[float]:
-    """Call a reward function on B completions of B dataset rows, and check that it returns B finite numbers.
+@dataclass(frozen=True)
+class TrainerState:
+    """How far the training is. The attributes mean the same as those of transformers' class of this name."""
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    num_train_epochs: int = 0
+    log_history: list[dict[str, float]] = field(default_factory=list)
+    is_local_process_zero: bool = True
+    is_world_process_zero: bool = True
+
+
+@dataclass
+class RewardContext:
+    """What a reward function gets besides the dataset's columns, and what it logs. A context is for one call."""
+
+    completion_ids: Sequence[list[int]] | None = None
+    """The token ids of each completion, without padding. None: an empty list for each."""
+    trainer_state: Any = TrainerState()
+    """Our TrainerState, or that of transformers, which has more attributes."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """Filled by log_metric: every number that was logged under a name. TRL logs their mean."""
+    extra: dict[str, list] = field(default_factory=dict)
+    """Filled by log_extra: one value per completion for each column, of any type."""
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Log a number of this batch."""
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, column: str, values: Sequence) -> None:
+        """Add a column, with one value per completion, to the table of samples."""
+        self.extra.setdefault(column, []).extend(values)
+
+
+def call_reward(
+    function: RewardFunction, rows: Sequence[dict], completions: Sequence[str], *, context: RewardContext | None = None
+) -> list[float]:
+    """Call a reward function, as TRL calls it, on B completions of B dataset rows, and check the B rewards.
+
+    If prompts are lists of messages, the function gets each completion as a list with the assistant's message.
+
+    Returns:
+        B numbers. NaN stands for None: no reward function judged this response, and its advantage has to be 0.
 
     Raises:
-        UserError: the function raised an error, or returned another number of rewards, or one that is not a finite
-            number. For a sum, the line names the part.
+        UserError: the function raised an error, or returned another number of rewards, or one that is neither a finite
+            number nor None. For a sum, the line names the part.
     """
-    name = f"{getattr(function, '__module__', '?')}:{getattr(function, '__name__', type(function).__name__)}"
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    context = context or RewardContext()
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("completion", "completion_ids")}
     prompts = columns.pop("prompt")
-    with _errors_of(name):
-        returned = function(prompts=prompts, completions=list(completions), **columns)
-        return _checked_numbers(name, returned, completions)
-
-
-@contextlib.contextmanager
-def _errors_of(name: str) -> Iterator[None]:
-    """Turn whatever a reward function raises into one line with its name."""
-    try:
-        yield
-    except UserError:  # It already names the function, or the part of a sum.
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"reward function {name} raised {describe_error(error)}") from error
-
-
-def _checked_numbers(name: str, returned: Any, completions: Sequence[str]) -> list[float]:
-    if isinstance(returned, str | bytes | Mapping | Set):
-        raise TypeError(f"{type(returned).__name__!r} returned, not a list of numbers")
-    rewards = list(itertools.islice(returned, len(completions) + 1))  # A generator may never end.
-    if len(rewards) != len(completions):
-        count = len(rewards) if len(rewards) < len(completions) else "more"
-        counts = f"{count} rewards for {len(completions)} completions"
-        raise UserError(f"reward function {name} returned {counts}; it has to return one each")
-    numbers = [_number(reward) for reward in rewards]
-    for completion, reward, number in zip(completions, rewards, numbers, strict=True):
-        if not abs(number) <= LARGEST:
-            pair, wanted = (
-                f"{short_repr(reward)} for {short_repr(completion)}",
-                f"a finite number is needed, of {LARGEST:g}",
-            )
-            raise UserError(f"reward function {name} returned {pair}; {wanted} at most")
-    return numbers
-
-
-def _number(reward: Any) -> float:
-    """A reward as a float, or NaN. As in TRL, it may be a tensor or an element of an array."""
-    if getattr(reward, "numel", lambda: 0)() == 1:  # A tensor has it.
-        reward = reward.item()
-    try:
-        return float(reward) if isinstance(reward, Real) else math.nan
-    except Exception:  # 10**400 raises, and so may a class of the user's.
-        return math.nan
+    responses: list[Any] = [*completions]
+    if not isinstance(prompts[0], str):
+        responses = [[{"role": "assistant", "content": text}] for text in completions]
+    others = columns | {
+        "completion_ids": context.completion_ids or [[] for _ in completions],
+        "trainer_state": context.trainer_state,
+        "log_extra": context.log_extra,
+        "log_metric": context.log_metric,
+    }
+    rewards = checked_call(name_of(function), function, responses, prompts=prompts, **others)
+    return [math.nan if reward is None else reward for reward in rewards]
