@@ -19,6 +19,9 @@ The centre says what the reward is compared with. The weight $w(x)$ says how muc
 
 $\sigma$ has G - 1 in its denominator. If all rewards of a group are equal, their computed mean can have a rounding
 error, and the division by $\sigma$ would enlarge it. The code first subtracts the first reward: then 0 is exact.
+
+A response that no reward function judges has the reward NaN. Its advantage is 0, as in TRL. The other responses have the
+advantages that they would have without it (`of_scored`, ours).
 """
 
 from collections.abc import Callable
@@ -76,3 +79,22 @@ def clip_filter(rewards: Tensor) -> Tensor:
 
 
 WEIGHTS: dict[str, Weight] = {"equal": equal, "std": inverse_std, "clip_filter": clip_filter}
+
+
+def of_scored(centre: Centre, weight: Weight, rewards: Tensor, lengths: Tensor) -> Tensor:
+    r"""The advantages of the responses that have a reward, as if there were no others. The advantage of a NaN is 0.
+
+    Let n rewards of a group be numbers, with mean $\mu$. In place of NaN the centre sees $\mu$, at a length of 0
+    tokens, so the means and variances stay those of the n. The weight sees $\sqrt{(G-1)/(n-1)}\,(R - \mu)$, so
+    $\sigma$ is that of the n, too. `clip_filter` counts a prompt without any reward in N.
+    """
+    scored, others = ~rewards.isnan(), rewards.shape[1] - 1
+    count = scored.sum(dim=1, keepdim=True).to(rewards)
+    first = rewards.gather(1, scored.int().argmax(dim=1, keepdim=True)).nan_to_num()
+    mean = first + torch.where(scored, rewards - first, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
+    centred = centre(torch.where(scored, rewards, mean), torch.where(scored, lengths, 0))
+    other_scored = (count - 1).clamp(min=1)
+    if centre is leave_one_out:  # Its factor is n / (n - 1), and not G / (G - 1).
+        centred = centred * (count / other_scored) * (others / (others + 1))
+    deviations = torch.where(scored, rewards - mean, 0) * (others / other_scored).sqrt()
+    return torch.where(scored, weight(deviations) * centred, 0)

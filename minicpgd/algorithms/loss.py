@@ -26,7 +26,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from minicpgd.algorithms.advantages import WEIGHTS, Centre, Weight, batch_whitened, equal
+from minicpgd.algorithms.advantages import WEIGHTS, Centre, Weight, batch_whitened, equal, of_scored
 from minicpgd.algorithms.aggregation import AGGREGATIONS, Aggregation
 from minicpgd.algorithms.divergence import bounded_drift, k3
 from minicpgd.algorithms.surrogates import LEVELS, Level, Surrogate, per_token
@@ -93,14 +93,18 @@ class Algorithm:
         )
 
     def advantages(self, rewards: Tensor, lengths: Tensor, *, advantage_weight: str | None = None) -> Tensor:
-        r"""Compute (N, G) advantages: for CPGD, $(R - \mu) / (\sigma + 10^{-4})$. If all rewards are equal, they are 0.
+        r"""Compute (N, G) advantages. If all rewards are equal, they are 0.
+
+        For CPGD they are $(R - \mu) / (\sigma + 10^{-4})$ (arXiv 2505.12504; `advantages.py` names the others' sources).
 
         Args:
-            rewards: (N, G), one per response, any unit.
+            rewards: (N, G), one per response, any unit. NaN: no reward function judges this response.
             lengths: (N, G), the lengths of the responses in tokens.
             advantage_weight: "equal", "std" or "clip_filter" in place of the row's own.
         """
         weight = WEIGHTS[advantage_weight] if advantage_weight else self.weight
+        if rewards.isnan().any():
+            return of_scored(self.centre, weight, rewards, lengths)
         return weight(rewards) * self.centre(rewards, lengths)
 
     def loss(
