@@ -8,6 +8,7 @@ In: values from Python, the command line, config.json. Out: a frozen dataclass, 
 
 import json
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -123,10 +124,28 @@ class ModelSettings(Settings):
     """Recompute activations instead of keeping them: less memory, more time."""
     disable_dropout: bool = True
     """Dropout makes the ratio differ from 1 before the first update."""
+    adapter: str | None = None
+    """Start from this saved LoRA adapter of the model, in place of a new one. Its rank and layers are kept."""
     chat_template: bool = True
     """Put prompts into the tokenizer's chat template, if it has one. Not for base models."""
+    system_prompt: str | None = None
+    """A system message before each prompt that has none. It needs a chat template."""
+    chat_date: str | None = None
+    """The date that a chat template may print, as 2026-01-31. None: the day on which the run starts."""
     seed: Annotated[int, SEEDS] = 0
     """Decides every random draw of the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            datetime.fromisoformat(self.chat_date or "2026-01-31")
+        except ValueError as error:
+            raise ConfigError(f"chat_date = {self.chat_date!r}: a date is needed, as 2026-01-31") from error
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained in place of the weights."""
+        return bool(self.lora_r or self.adapter)
 
 
 @dataclass(frozen=True)
@@ -196,7 +215,7 @@ class TrainConfig(LoopSettings, SamplingSettings, ModelSettings, TaskSettings, O
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("model", "data", "output_dir"):
+        for name in ("model", "data", "adapter", "output_dir"):
             parts = (getattr(self, name) or "").encode().split(b"/")
             if max(map(len, parts)) > 200 or sum(map(len, parts)) > 2000:
                 raise ConfigError(f"{name} = {short_repr(getattr(self, name))}: it is longer than file names can be")
@@ -210,9 +229,13 @@ class TrainConfig(LoopSettings, SamplingSettings, ModelSettings, TaskSettings, O
         if self.num_responses % self.num_minibatches:
             rule = f"it has to divide num_prompts * num_generations = {self.num_responses}"
             raise ConfigError(f"num_minibatches = {self.num_minibatches}: {rule}")
-        if self.load_in_4bit and not self.lora_r:
+        if self.adapter and self.beta:
+            raise ConfigError("beta: with adapter, the reference would be the model without it; leave one of them out")
+        if self.system_prompt and not self.chat_template:
+            raise ConfigError("system_prompt: it needs the chat template, which --no-chat-template switches off")
+        if self.load_in_4bit and not self.trains_adapter:
             raise ConfigError("lora_r = 0: 4-bit weights cannot be trained, but an adapter can; 16 is usual")
-        if self.dtype not in ("auto", "float32") and not self.lora_r:
+        if self.dtype not in ("auto", "float32") and not self.trains_adapter:
             raise ConfigError(f"dtype = {self.dtype}: without an adapter (lora_r) the weights are trained, in float32")
 
     @classmethod
@@ -232,7 +255,7 @@ class TrainConfig(LoopSettings, SamplingSettings, ModelSettings, TaskSettings, O
     @property
     def weights_folder(self) -> str:
         """The folder of the trained weights inside the run's: `adapter` with LoRA, else `model`."""
-        return "adapter" if self.lora_r else "model"
+        return "adapter" if self.trains_adapter else "model"
 
     @property
     def num_responses(self) -> int:
@@ -246,7 +269,7 @@ class TrainConfig(LoopSettings, SamplingSettings, ModelSettings, TaskSettings, O
 
     def save(self, path: Path) -> None:
         """Write config.json."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 GROUPS: dict[str, type[Settings]] = {

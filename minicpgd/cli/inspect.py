@@ -1,63 +1,103 @@
 """Commands for a finished run or a model: `evaluate`, `sample`, `export`, `plot`."""
 
 import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from rich.text import Text
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from minicpgd.cli.flags import Flag
 from minicpgd.cli.progress import console
-from minicpgd.config import TEMPERATURES, SamplingSettings
+from minicpgd.config import TEMPERATURES, ModelSettings, SamplingSettings, TaskSettings, TrainConfig, load_config
 from minicpgd.errors import Range, UserError
 
 Base = Literal["full", "dequantised"]
 
 
-def evaluate(
-    run_or_model: Positional[str] = "embedded", /, task: str | None = None,
-    num_problems: int = 256, num_samples: int = 8, seed: int = 0,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class Held:
+    """Which model answers which problems."""
+
+    run_or_model: Positional[str] = "embedded"
+    """A finished run's folder, "embedded", a model folder, or a hub name."""
+    task: str | None = None
+    """By default the run's; jsonl with --data; else chain_arithmetic."""
+    data: str | None = None
+    """A local file or folder of problems; by default the run's."""
+    reward: str | None = None
+    """Also measure this reward; by default the run's own, if it has one."""
+    max_completion_length: int | None = None
+    """Tokens a response may have; by default the run's, else 64."""
+    load_in_4bit: Flag = False
+    """Load a model, which is not a run, in 4 bit."""
+    seed: int = 0
+    """Chooses problems and samples."""
+
+    def model(self) -> str | ModelSettings:
+        """The model with its settings; or the run, which has its own."""
+        from minicpgd.training.evaluation import is_run
+
+        if not is_run(self.run_or_model):
+            return ModelSettings(self.run_or_model, load_in_4bit=self.load_in_4bit)
+        if self.load_in_4bit:
+            raise UserError(f"load_in_4bit: {self.run_or_model} is a run, which stores its own setting; leave it out")
+        return self.run_or_model
+
+    def problems(self) -> TaskSettings:
+        """The run's task, with the fields that these flags change."""
+        from minicpgd.training.evaluation import is_run
+
+        folder = Path(self.run_or_model)
+        of_run = load_config(folder / "config.json") if is_run(folder) else TrainConfig()
+        name = self.task or ("jsonl" if self.data and of_run.task == TaskSettings.task else of_run.task)
+        settings = of_run.group(TaskSettings) if name == of_run.task else TaskSettings(name)
+        return replace(settings, data=self.data or settings.data, reward=self.reward or settings.reward)
+
+
+def evaluate(held: Annotated[Held, OmitArgPrefixes], num_problems: int = 256, num_samples: int = 8) -> None:
     """Measure a run or a model on held-out problems: greedy and sampled accuracy, pass@k, response length.
 
     Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, or a hub name.
-        task: by default the run's, else chain_arithmetic.
         num_problems: how many held-out problems.
         num_samples: sampled responses per problem.
-        seed: chooses problems and samples.
     """
     from minicpgd.training.evaluation import evaluate as measure
 
-    result = measure(run_or_model, task=task, num_problems=num_problems, num_samples=num_samples, seed=seed)
+    result = measure(
+        held.model(), task=held.problems(), num_problems=num_problems, num_samples=num_samples,
+        max_completion_length=held.max_completion_length, seed=held.seed,
+    )  # fmt: skip
     for name, value in result.items():
         console.print(f"{name:<18} {value:8.3f}")
 
 
-def sample(
-    run_or_model: Positional[str] = "embedded", /, num_problems: int = 12, temperature: float = 1.0, seed: int = 0
-) -> None:
+def sample(held: Annotated[Held, OmitArgPrefixes], num_problems: int = 12, temperature: float = 1.0) -> None:
     """Show held-out problems with a sampled response each, right ones green and wrong ones red.
 
     Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, or a hub name.
         num_problems: how many.
         temperature: of the sampling; 0 takes the likeliest token each time.
-        seed: chooses problems and samples.
     """
     Range(0, TEMPERATURES.most).check("temperature", temperature)
-    from minicpgd.tasks import load_task
+    from minicpgd.tasks import call_reward, load_reward, load_task
     from minicpgd.training import open_policy, respond
 
-    policy, config = open_policy(run_or_model)
-    task = load_task(config)
-    length, batch_size = config.max_completion_length, config.rollout_batch_size
+    policy, config = open_policy(held.model())
+    wanted, seed = held.problems(), held.seed
+    task, reward = load_task(wanted), load_reward(wanted.reward) if wanted.reward is not None else None
+    length, batch_size = held.max_completion_length or config.max_completion_length, config.rollout_batch_size
     settings = SamplingSettings(length, temperature or 1.0, rollout_batch_size=batch_size)
     rollout, right = respond(policy, task, num_problems, settings, greedy=temperature == 0, seed=seed)
-    for problem, text, ok in zip(task.held_out(num_problems, seed), rollout.completions, right[:, 0], strict=True):
+    problems = task.held_out(num_problems, seed)
+    rewards = call_reward(reward, problems, rollout.completions) if reward is not None else []
+    for i, (problem, text, ok) in enumerate(zip(problems, rollout.completions, right[:, 0], strict=True)):
         mark, colour = ("right", "green") if ok else ("wrong", "red")
-        console.print(Text.assemble((mark, colour), f"  {problem['prompt']}", (text, colour)))
+        mark = f"{mark}  reward {rewards[i]:.2f}" if reward is not None else mark
+        prompt = problem["prompt"]
+        last = prompt if isinstance(prompt, str) else f"{prompt[-1]['content']}\n"
+        console.print(Text.assemble((mark, colour), f"  {last}", (text, colour)))
     console.print(f"{int(right.sum())} of {len(right)} right")
 
 

@@ -6,6 +6,7 @@ In: settings. Out: tables on the terminal. No weights are loaded, and at most a 
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,8 +84,9 @@ def show_plan(config: TrainConfig, recipe: Recipe | None = None) -> None:
     from minicpgd.memory import PROMPT_LENGTH, model_config, predict
     from minicpgd.memory.simulate import shape_of
     from minicpgd.tasks import describe_data, load_reward
-    from minicpgd.training.run_folder import refuse_existing
+    from minicpgd.training.run_folder import refuse_existing, resolved
 
+    config = replace(resolved(config), adapter=None)  # A new adapter of the same rank needs the same memory.
     refuse_existing(config.folder)
     reward = config.reward or "the task's own"
     try:

@@ -52,7 +52,10 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
             nonlocal reached
             reached = step
             note = f"reward {metrics['reward']:.2f}  length {metrics['completion_length']:.0f}"
-            bars.update(0, step, note + (f"  accuracy {a:.2f}" if (a := metrics.get("eval_accuracy")) else ""))
+            measure = "accuracy" if config.reward is None else "reward"
+            if (value := metrics.get(f"eval_{measure}")) is not None:
+                note += f"  held-out {measure} {value:.2f}"
+            bars.update(0, step, note)
 
         def on_load(policy: Policy) -> None:
             if policy.peft:
@@ -69,7 +72,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
     if received and reached < config.max_steps:  # The folder model/ cannot tell: a prolonged run has one already.
         console.print(f"stopped and saved. Continue with: {resume_command(folder).strip('`')}")
         sys.exit(128 + received[0])
-    if config.lora_r:
+    if config.trains_adapter:
         write_card(folder / config.weights_folder, folder)
     quoted = shlex.quote(str(folder))
     console.print(f"done: {folder}   (minicpgd evaluate {quoted}; minicpgd plot {quoted})")

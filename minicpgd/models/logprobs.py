@@ -10,12 +10,15 @@ pass. (B, T, V) never exists.
 In: a model, token ids and a mask, (B, P + T). Out: log-probabilities and entropies, (B, T) each, in nats.
 """
 
+import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 LOGITS_AT_ONCE = 2**24  # These numbers take 64 MiB in float32, and a few times as much in the computation.
 
@@ -40,23 +43,33 @@ def token_logprobs(
         (logp, entropy), each (B, T) in nats. Both are float32: in bfloat16 the on-policy ratio would differ from 1. The
         entropy carries no gradient. Values at padding are finite and mean nothing.
     """
-    hidden = model.get_decoder()(
+    _, decoder = split_network(model)
+    output = decoder(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
-    ).last_hidden_state[:, -completion_length - 1 : -1]
-    targets = input_ids[:, -completion_length:]
-    head = partial(_score, model, temperature)
+    )
+    hidden, targets = output.last_hidden_state[:, -completion_length - 1 : -1], input_ids[:, -completion_length:]
+    head = partial(_score, model, temperature, type(output))
     chunk_size = chunk_size or max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
     if targets.numel() <= chunk_size:
         return head(hidden, targets)
     chunks = zip(hidden.flatten(0, 1).split(chunk_size), targets.flatten().split(chunk_size), strict=True)
-    pieces = [checkpoint(head, h, y, use_reentrant=False) for h, y in chunks]
-    logp, entropy = (torch.cat(column).view_as(targets) for column in zip(*pieces, strict=True))
+    pieces = [checkpoint(head, h[None], y[None], use_reentrant=False) for h, y in chunks]
+    logp, entropy = (torch.cat(column, dim=1).view_as(targets) for column in zip(*pieces, strict=True))
     return logp, entropy
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
     """(B, L) mask to (B, L) positions that count real tokens only, so that left padding changes nothing."""
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def num_positions(model: PreTrainedModel) -> float:
+    """How many tokens a model was made for; infinite if it has no such limit."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    extended = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
+    return max(positions, extended)
 
 
 def logp_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,10 +82,32 @@ def logp_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logp, entropy
 
 
-def _score(model: PreTrainedModel, temperature: float, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states and token ids to log-probabilities and entropies, through the model's own output layer."""
-    logits = model.get_output_embeddings()(hidden)
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma caps its logits.
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+def _score(
+    model: PreTrainedModel, temperature: float, kind: type[ModelOutput], hidden: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(b, t, D) hidden states and (b, t) token ids to log-probabilities and entropies, through the model's own head.
+
+    Some models scale or cap their logits (Granite, Cohere, Gemma). So this calls the model's whole forward pass, in
+    which the decoder returns `hidden` at once. `kind` is the type of the decoder's output.
+    """
+    network, decoder = split_network(model)
+    own = vars(decoder).get("forward")  # accelerate replaces a module's forward.
+    vars(decoder)["forward"] = lambda *_, **__: kind(last_hidden_state=hidden)
+    try:
+        logits = network(input_ids=targets, use_cache=False).logits
+    finally:
+        del vars(decoder)["forward"]
+        if own is not None:
+            vars(decoder)["forward"] = own
     return logp_and_entropy(logits.float() / temperature, targets)
+
+
+def split_network(model: PreTrainedModel) -> tuple[Any, Any]:
+    """A causal language model without PEFT's wrapper, and its decoder: the part that ends before the output layer."""
+    network: Any = getattr(model, "get_base_model", lambda: model)()
+    if getattr(network.get_decoder(), "lm_head", None) is not None:  # A multimodal model contains a language model.
+        network = network.get_decoder()
+    # Some models have another word for it: then get_decoder is the output layer (ModernBERT), or the model (Llama 4).
+    others = (network, network.get_output_embeddings())
+    candidates = (network.get_decoder(), network.base_model, getattr(network, "model", None))
+    return network, next(candidate for candidate in candidates if not any(candidate is other for other in others))

@@ -14,14 +14,17 @@ In: a model, and an adapter's rank. Out: a model of which only the adapter can b
 """
 
 import warnings
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from minicpgd.config import ModelSettings
-from minicpgd.errors import ConfigError, UserError, describe_error
+from minicpgd.errors import ConfigError, UserError, describe_error, short_repr
+from minicpgd.files import parse_json
 from minicpgd.models.precision import import_extra
 
 
@@ -65,12 +68,45 @@ def check_4bit_widths(model: nn.Module) -> None:
             raise UserError(f"load_in_4bit: {rule}, and {name} is {module.in_features}; {advice}")
 
 
+def is_stored_in_4bit(config: PreTrainedConfig, settings: ModelSettings, adapter: str | Path | None) -> bool:
+    """Whether the stored weights of a model are in bitsandbytes' 4 bit. With a saved adapter they can be dequantised.
+
+    Raises:
+        UserError: the weights are quantised in another way, or in 4 bit without `load_in_4bit`.
+    """
+    stored = getattr(config, "quantization_config", None) or {}
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    if not values:
+        return False
+    if not values.get("load_in_4bit"):
+        kind = short_repr(values.get("quant_method", "an unknown method"))
+        advice = "choose the model in full precision, or in bitsandbytes' 4 bit"
+        raise UserError(f"model = {settings.model!r}: its weights are quantised by {kind}; {advice}")
+    if not (settings.load_in_4bit or adapter):
+        advice = "--load-in-4bit --lora-r 16 trains an adapter on them"
+        raise UserError(f"model = {settings.model!r}: its weights are stored in 4 bit and cannot be trained; {advice}")
+    return True
+
+
+def set_4bit_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Compute with 4-bit weights in this dtype; stored ones bring their own."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            vars(module)["compute_dtype"] = dtype
+    return model
+
+
 def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
     """Freeze a model and put a LoRA adapter on its layers, in float32 and without dropout. The `seed` decides A.
 
+    With `settings.adapter` it is that saved adapter.
+
     Raises:
-        ConfigError: the extra is not installed, or there are no such layers.
+        ConfigError: the extra is not installed, there are no such layers, or a layer shares its weights with another.
+        UserError: the saved adapter is not one for this model.
     """
+    if settings.adapter is not None:
+        return load_adapter(model, settings.adapter, trainable=True)
     peft = import_extra("peft")
     wanted = settings.lora_target_modules
     names = wanted if wanted == "all-linear" else [name.strip() for name in wanted.split(",")]
@@ -80,16 +116,52 @@ def add_adapter(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedMo
     torch.manual_seed(settings.seed)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT uses a deprecated name.
-            return peft.get_peft_model(model, config)
+            return _untie(peft.get_peft_model(model, config))
     except ValueError as error:
         linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        linear.discard("lm_head")  # Its weights are often those of the embeddings, and then it cannot be merged.
+        linear.discard("lm_head")  # Its weights are often those of the embeddings, and a copy of them needs memory.
         choices = ", ".join(sorted(linear))
         raise ConfigError(f"lora_target_modules = {wanted!r}: choose all-linear, or from {choices}") from error
 
 
-def load_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """Put a saved adapter on a model. Model and adapter are frozen.
+def _untie(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy the weights of tied embeddings that have an adapter. Merging would add the adapter to the other layer, too.
+
+    Raises:
+        ConfigError: another layer with an adapter shares its weights.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    network: Any = model
+    embeddings = (network.get_input_embeddings(), network.get_output_embeddings())
+    for name, module in model.named_modules():
+        base: Any = getattr(module, "base_layer", None)
+        if base is None or owners[id(base.weight)] == 1:
+            continue
+        if not any(module is embedding for embedding in embeddings):
+            what = f"{name.rpartition('.')[2]} shares its weights with another layer, so its adapter cannot be merged"
+            raise ConfigError(f"lora_target_modules: {what}; leave it out")
+        base.register_parameter("weight", nn.Parameter(base.weight.detach().clone(), requires_grad=False))
+        network.config.tie_word_embeddings = False
+    return model
+
+
+def adapter_config(folder: str) -> dict[str, Any]:
+    """The adapter_config.json of a saved adapter.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    try:
+        config = parse_json(Path(folder, "adapter_config.json").read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"adapter = {str(folder)!r}: no readable adapter_config.json: {error}") from error
+    return config
+
+
+def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PreTrainedModel:
+    """Put a saved adapter on a model. The model is frozen, and so is the adapter unless it is `trainable`.
 
     Raises:
         ConfigError: the extra is not installed.
@@ -102,8 +174,9 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
             raise OSError("adapter_model.safetensors is needed")
         if not isinstance(config, peft.LoraConfig) or config.megatron_config:  # PEFT imports any module named there.
             raise ValueError("its config is not LoRA's alone")
+        config.lora_dropout = 0.0
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             warnings.filterwarnings("error", "Found missing adapter keys")  # Missing weights would be random.
-            return peft.PeftModel.from_pretrained(model, folder, config=config)
+            return _untie(peft.PeftModel.from_pretrained(model, folder, config=config, is_trainable=trainable))
     except Exception as error:  # A damaged file can raise any kind.
         raise UserError(f"{folder}: not an adapter for this model: {describe_error(error)}") from error

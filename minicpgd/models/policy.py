@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,20 @@ from transformers.utils import logging
 
 from minicpgd.config import ModelSettings
 from minicpgd.errors import UserError, describe_error, short_repr
-from minicpgd.models.lora import add_adapter, check_4bit_widths, disable_cpu_repacking, load_adapter, nf4
-from minicpgd.models.precision import checkpoint_layers, choose_dtype
+from minicpgd.models.logprobs import num_positions
+from minicpgd.models.lora import (
+    adapter_config,
+    add_adapter,
+    check_4bit_widths,
+    disable_cpu_repacking,
+    is_stored_in_4bit,
+    load_adapter,
+    nf4,
+    set_4bit_dtype,
+)
+from minicpgd.models.precision import checkpoint_layers, choose_dtype, disable_dropout
 
+Prompt = str | list[dict[str, str]]  # a text, or a conversation: messages with `role` and `content`
 EMBEDDED = Path(__file__).parent / "embedded"
 NO_CODE = {"trust_remote_code": False}  # With None, transformers would ask on the terminal about a model's own code.
 
@@ -55,9 +67,14 @@ class Policy:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    settings: ModelSettings = ModelSettings()
     frozen_copy: PreTrainedModel | None = None  # This is the model as it was loaded, if `reference` needs it.
-    chat_template: bool = True
     dtype_in_words: str = "float32"  # This names the dtype of the arithmetic, and the reason for it.
+
+    @property
+    def name(self) -> str:
+        """The model as the settings name it, for messages."""
+        return f"model = {self.settings.model!r}"
 
     @property
     def device(self) -> torch.device:
@@ -87,8 +104,9 @@ class Policy:
     @property
     def eos_ids(self) -> Tensor:
         """(E,), every token id that ends a response: some models have two."""
-        eos = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        return torch.tensor([eos] if isinstance(eos, int) else eos, device=self.device)
+        both = (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
+        ids = [i for eos in both for i in ([eos] if isinstance(eos, int) else eos or [])]
+        return torch.tensor(list(dict.fromkeys(ids)), dtype=torch.long, device=self.device)
 
     @property
     def pad_id(self) -> int:
@@ -96,26 +114,51 @@ class Policy:
         pad = self.tokenizer.pad_token_id
         return int(self.eos_ids[0]) if pad is None else pad
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: Sequence[Prompt], max_completion_length: int = 0) -> tuple[Tensor, Tensor]:
         """N prompts to left-padded ids and mask, each (N, P). A chat template adds its own special tokens.
 
+        Args:
+            prompts: texts, or conversations as lists of messages. The template turns both into one text.
+            max_completion_length: tokens that have to fit behind each prompt.
+
         Raises:
-            UserError: the template fails, or a prompt gives no tokens.
+            UserError: the template fails or is missing, a prompt gives no tokens, or the model has too few positions.
         """
-        templated = self.chat_template and bool(self.tokenizer.chat_template)
-        texts = [self._as_chat(prompt) for prompt in prompts] if templated else list(prompts)
+        templated = self.settings.chat_template and bool(self.tokenizer.chat_template)
+        texts = [self._as_chat(prompt) for prompt in prompts] if templated else list(map(self._as_text, prompts))
         rows = self.tokenizer(texts, add_special_tokens=not templated)["input_ids"]
         if not all(rows):
             raise UserError(f"prompt = {short_repr(prompts[rows.index([])])}: it gives no tokens")
-        longest = max(map(len, rows))
+        longest, positions = max(map(len, rows)), num_positions(self.model)
+        if longest + max_completion_length > positions:
+            prompt = short_repr(prompts[max(range(len(rows)), key=lambda i: len(rows[i]))])
+            reason = f"its {longest} tokens and max_completion_length = {max_completion_length} exceed the"
+            raise UserError(f"prompt = {prompt}: {reason} {positions} positions of {self.name}")
         ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return ids, mask
 
-    def _as_chat(self, prompt: str) -> str:
-        messages = [{"role": "user", "content": prompt}]
+    @property
+    def prints_date(self) -> bool:
+        """Whether the chat template prints the date."""
+        return self.settings.chat_template and "strftime_now" in str(self.tokenizer.chat_template)
+
+    def _as_text(self, prompt: Prompt) -> str:
+        if self.settings.system_prompt is not None or not isinstance(prompt, str):
+            what = "a system_prompt" if isinstance(prompt, str) else f"the conversation {short_repr(prompt)}"
+            why = "the tokenizer has none" if self.settings.chat_template else "--no-chat-template switches it off"
+            raise UserError(f"{self.name}: {what} needs a chat template, and {why}")
+        return prompt
+
+    def _as_chat(self, prompt: Prompt) -> str:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.settings.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.settings.system_prompt}, *messages]
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        if self.settings.chat_date is not None:  # This replaces the template's own function.
+            options["strftime_now"] = datetime.fromisoformat(self.settings.chat_date).strftime
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # A template is a program of the model's, in a sandbox.
             reason = describe_error(error)
             raise UserError(f"the model's chat template: {reason}; --no-chat-template switches it off") from error
@@ -155,28 +198,36 @@ def load_policy(
     source = resolve_model(settings.model)
     check_model_folder(source, settings.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    frozen = bool(settings.lora_r or adapter)
+    frozen = settings.trains_adapter or adapter is not None
     dtype, reason = choose_dtype(settings.dtype, adapter=frozen, device=device)
     loading = {"quantization_config": nf4(dtype), "device_map": {"": device}} if settings.load_in_4bit else {}
     try:
-        tokenizer, network = _from_safetensors(source, settings.attn_implementation, dtype=dtype, **loading)
+        config = AutoConfig.from_pretrained(source, **NO_CODE)
+        stored_in_4bit = is_stored_in_4bit(config, settings, adapter)
+        loading |= {"config": config, "dtype": dtype}
+        tokenizer, network = _from_safetensors(source, settings.attn_implementation, **loading)
+        if stored_in_4bit:
+            network = set_4bit_dtype(network, dtype) if settings.load_in_4bit else network.dequantize(dtype)
+    except UserError:
+        raise
     except Exception as error:  # transformers and safetensors raise many kinds.
         raise UserError(_why_not(settings.model, settings.attn_implementation, error)) from error
+    _check_vocabulary(settings.model, tokenizer, network)
     disable_cpu_repacking(network)
     check_4bit_widths(network)
     if not settings.load_in_4bit:
         nn.Module.to(network, device)
     if settings.disable_dropout:
-        _disable_dropout(network)
+        disable_dropout(network)
     frozen_copy = copy.deepcopy(network).requires_grad_(False).eval() if with_reference and not frozen else None
     if settings.gradient_checkpointing:
         checkpoint_layers(network)
     if adapter:
         network = load_adapter(network, str(adapter))
-    elif settings.lora_r:
+    elif settings.trains_adapter:
         network = add_adapter(network, settings)
     dtype_in_words = f"{str(dtype).removeprefix('torch.')}: {reason}"
-    return Policy(network, tokenizer, frozen_copy, settings.chat_template, dtype_in_words)
+    return Policy(network, tokenizer, settings, frozen_copy, dtype_in_words)
 
 
 @_no_progress_bars()
@@ -184,7 +235,7 @@ def _from_safetensors(source: str, attn_implementation: str, **loading: Any) -> 
     tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
     if attn_implementation != "auto":
         loading["attn_implementation"] = attn_implementation
-    elif getattr(AutoConfig.from_pretrained(source, **NO_CODE), "attn_logit_softcapping", None):
+    elif getattr(loading["config"], "attn_logit_softcapping", None):
         loading["attn_implementation"] = "eager"  # Gemma 2 caps its attention scores, and sdpa would leave that out.
     options = loading | NO_CODE | {"use_safetensors": True, "output_loading_info": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -206,11 +257,30 @@ def check_model_folder(source: str, name: str) -> None:
         UserError: the folder does not exist, or has no config, weights or tokenizer.
     """
     folder = Path(source)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = adapter_config(source).get("base_model_name_or_path", "its base")
+        raise UserError(f"model = {name!r}: it is an adapter; start from it with --model {base} --adapter {name}")
     if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
         raise UserError(f"model = {name!r}: there is no such folder")  # Do not ask a hub for a mistyped path.
     for pattern, content in (("config.json", "config"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
         if folder.is_dir() and not list(folder.glob(pattern)):
             raise UserError(f"model = {name!r}: the folder has no {content}; {pattern} is needed")
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Check that every token has an embedding, and that a response can end."""
+    largest, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        advice = "remove the token, or resize the embedding with resize_token_embeddings and save the model"
+        raise UserError(
+            f"model = {name!r}: its embedding has {rows} rows, and token {token!r} has id {largest}; {advice}"
+        )
+    if not len(Policy(model, tokenizer).eos_ids):
+        advice = "add eos_token_id to generation_config.json"
+        raise UserError(
+            f"model = {name!r}: neither its tokenizer nor its generation config names an EOS token; {advice}"
+        )
 
 
 def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
@@ -225,13 +295,3 @@ def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
     reason = "neither a local folder nor in this machine's cache, and the hub does not answer or does not have it"
     download = f"`hf download {name} --local-dir {Path(name).name}`, then `--model {Path(name).name}`"
     return f"model = {name!r}: {reason}. With a network: {download} ({first_line})"
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Disable both kinds: dropout modules, and the numbers that attention layers copied from the config."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from minicpgd.config import TrainConfig
@@ -57,6 +58,16 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     # The transformers that verl 0.9.1 needs knows only the second, older name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Disable both kinds: dropout modules, and the numbers that attention layers copied from the config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def make_optimizer(config: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimizer:

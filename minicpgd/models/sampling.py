@@ -9,16 +9,17 @@ In: a policy, prompts, `SamplingSettings`. Out: a `Rollout` of B = N * G respons
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from minicpgd.config import SamplingSettings
-from minicpgd.errors import NonFiniteError
+from minicpgd.errors import NonFiniteError, UserError, describe_error, is_out_of_memory
 from minicpgd.models.logprobs import logp_and_entropy, position_ids, token_logprobs
-from minicpgd.models.policy import Policy
+from minicpgd.models.policy import Policy, Prompt
 from minicpgd.models.precision import one_thread_if_small
 
 
@@ -89,30 +90,35 @@ class Rollout:
 @torch.no_grad()
 def generate(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     num_generations: int,
     settings: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
     *,
     generator: Generator | None = None,
     greedy: bool = False,
+    **changes: Any,
 ) -> Rollout:
     r"""Sample G = `num_generations` responses to each of N prompts.
 
     Args:
+        prompts: texts, or conversations as lists of messages.
         settings: at most T = `max_completion_length` tokens. With `top_p` and `top_k` the log-probabilities kept are
             still those of the whole distribution, since $\pi_\theta$ is compared with that.
         generator: the source of all randomness, on the policy's device.
         greedy: take the likeliest token each time; this needs no generator.
+        changes: fields of the settings, by name, as `max_completion_length=16`.
 
     Raises:
+        UserError: a prompt cannot be encoded, or leaves no room for a response among the model's positions.
         NonFiniteError: the model's logits are not finite.
         ValueError: neither a generator nor `greedy`.
     """
     if generator is None and not greedy:
         raise ValueError("sampling needs a generator; greedy=True needs none")
+    settings = replace(settings, **changes)
+    prompt_ids, prompt_mask = policy.encode(prompts, settings.max_completion_length)  # (N, P), left-padded
     model, was_training = policy.model, policy.model.training
     model.eval()
-    prompt_ids, prompt_mask = policy.encode(prompts)  # (N, P), left-padded
     answers = torch.arange(len(prompts), device=policy.device).repeat_interleave(num_generations)  # (B,)
     parts = answers.split(settings.rollout_batch_size or len(answers))
     if greedy:
@@ -133,6 +139,37 @@ def generate(
         prompt_ids=prompt_ids[answers], prompt_mask=prompt_mask[answers], completion_ids=ids, mask=mask,
         lengths=lengths, truncated=~ended, logp=logp, entropy=entropy, completions=completions,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def check_sampler(policy: Policy, prompts: Sequence[Prompt], settings: SamplingSettings) -> None:
+    """Sample a few short responses, score them, and compare the log-probabilities.
+
+    Both have to be those of one distribution, or the ratio means nothing. In half precision, caches and batches round
+    differently; so the mean difference may be 25 times the dtype's resolution. In float32, each may be 0.01 nats.
+
+    Raises:
+        UserError: the model cannot be sampled from or scored, or the log-probabilities differ.
+    """
+    model, length = policy.model, min(16, settings.max_completion_length)
+    was_training, short = model.training, SamplingSettings(length, settings.temperature)
+    try:
+        rollout = generate(policy, prompts, 4, short, generator=Generator(policy.device).manual_seed(0))
+        scored = rollout.score(model.eval(), temperature=settings.temperature)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Architectures fail in many ways.
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{policy.name}: cannot be sampled from token by token: {describe_error(error)}") from error
+    finally:
+        model.train(was_training)
+    gaps = (scored - rollout.logp)[rollout.mask].abs()
+    is_exact = model.dtype == torch.float32
+    gap, most = (gaps.max(), 0.01) if is_exact else (gaps.mean(), 25 * torch.finfo(model.dtype).eps)
+    if not gap <= most:
+        what = "the log-probability of a token when it is sampled and when it is scored"
+        raise UserError(f"{policy.name}: {what} differ by {gap:.2g} nats; at most {most:.2g} is right")
 
 
 def _sample_batch(
@@ -157,7 +194,7 @@ def _sample_batch(
         output = model(input_ids=inputs, attention_mask=attention, position_ids=positions, **options)
         logits = output.logits[:, -1].float() / settings.temperature
         if t == 0:  # Each prompt is encoded once. Its cache is copied to its responses.
-            cache.batch_select_indices(group)
+            cache.reorder_cache(group)  # type: ignore[arg-type]
             logits, attention = logits[group], attention[group]
         if not logits.isfinite().all():
             raise NonFiniteError("the model's logits are not finite")
@@ -179,7 +216,7 @@ def _sample_batch(
             break
         unfinished = (~ended[active]).nonzero().squeeze(1)
         if 2 * len(unfinished) <= len(active):  # Half have ended. Drop them, to save their computation.
-            cache.batch_select_indices(unfinished)
+            cache.reorder_cache(unfinished)  # type: ignore[arg-type]
             active, token, attention = active[unfinished], token[unfinished], attention[unfinished]
         attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
         inputs = token[:, None]

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from minicpgd.config import MAX_TOKENS, SEEDS, ModelSettings, SamplingSettings, TrainConfig, load_config
+from minicpgd.config import MAX_TOKENS, SEEDS, ModelSettings, SamplingSettings, TaskSettings, TrainConfig, load_config
 from minicpgd.errors import Range, UserError
-from minicpgd.models.policy import Policy, load_policy, resolve_model
+from minicpgd.models.policy import Policy, load_policy
 from minicpgd.models.sampling import Rollout, generate
-from minicpgd.tasks import Task, get_task, load_task
+from minicpgd.tasks import Task, call_reward, load_reward, load_task
+from minicpgd.training.metrics import mean_of_numbers
 from minicpgd.training.run_folder import resume_command
 
 
@@ -28,9 +29,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def evaluate(
-    run_or_model: str | Path | Policy,
+    run_or_model: str | Path | ModelSettings | Policy,
     *,
-    task: str | None = None,
+    task: str | TaskSettings | None = None,
     num_problems: int = 256,
     num_samples: int = 8,
     max_completion_length: int | None = None,
@@ -40,50 +41,62 @@ def evaluate(
     """Measure a policy on `num_problems` held-out problems.
 
     Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, a hub name, or a `Policy`.
-        task: name of a task; by default the run's, else chain_arithmetic.
+        run_or_model: a finished run's folder, "embedded", a model folder, a hub name, its settings, or a `Policy`.
+        task: a task by name, or with its data and reward; by default the run's, else chain_arithmetic.
         max_completion_length: tokens; by default the run's, else 64.
         seed: chooses the problems and the samples.
 
     Returns:
         `accuracy` (greedy), `sampled_accuracy`, `pass@k` for k = 1, 2, 4, ... up to `num_samples`, and
-        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1.
+        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. With a reward of the run's or of
+        `task`, also `reward`, its mean over the greedy responses.
 
     Raises:
         UserError: there is no such model, the run has not finished, or a number is out of range.
     """
     Range(1, MAX_TOKENS).check("num_samples", num_samples)
     policy, config = (run_or_model, TrainConfig()) if isinstance(run_or_model, Policy) else open_policy(run_or_model)
-    chosen = load_task(config) if task in (None, config.task) else get_task(task)
+    wanted = TaskSettings(task) if isinstance(task, str) and task != config.task else task
+    wanted = wanted if isinstance(wanted, TaskSettings) else config
+    chosen, reward = load_task(wanted), load_reward(wanted.reward) if wanted.reward is not None else None
     length = max_completion_length or config.max_completion_length
     settings = SamplingSettings(length, temperature, rollout_batch_size=config.rollout_batch_size)
     greedy, greedy_right = respond(policy, chosen, num_problems, settings, greedy=True, seed=seed)
     _, right = respond(policy, chosen, num_problems, settings, num_samples=num_samples, seed=seed)
     correct = right.sum(dim=1).tolist()
     result = {"accuracy": greedy_right.double().mean().item(), "sampled_accuracy": right.double().mean().item()}
+    if reward is not None:
+        rewards = call_reward(reward, chosen.held_out(num_problems, seed), greedy.completions)
+        result["reward"] = mean_of_numbers(rewards)
     for k in [2**i for i in range(num_samples.bit_length())]:
         result[f"pass@{k}"] = sum(pass_at_k(num_samples, c, k) for c in correct) / len(correct)
     return result | {"completion_length": greedy.lengths.double().mean().item()}
 
 
-def open_policy(run_or_model: str | Path) -> tuple[Policy, TrainConfig]:
+def is_run(folder: str | Path) -> bool:
+    """Whether a path is the folder of a run, finished or not."""
+    return all(Path(folder, name).is_file() for name in ("config.json", "metrics.jsonl"))
+
+
+def open_policy(run_or_model: str | Path | ModelSettings) -> tuple[Policy, TrainConfig]:
     """The policy of a finished run, with the run's config; or a model, with the default config.
 
     Raises:
         UserError: there is no such model, or the run has not finished.
     """
+    if isinstance(run_or_model, ModelSettings) or not is_run(run_or_model):
+        model = run_or_model if isinstance(run_or_model, ModelSettings) else ModelSettings(str(run_or_model))
+        batch_size = None if model.model == ModelSettings.model else 64  # Only the embedded model is known to be small.
+        return load_policy(model), TrainConfig(rollout_batch_size=batch_size)
     folder = Path(run_or_model)
-    if not ((folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()):
-        name = str(run_or_model)
-        batch_size = None if resolve_model(name) != name else 64  # Only the embedded model is known to be small.
-        return load_policy(name), TrainConfig(rollout_batch_size=batch_size)
     config = load_config(folder / "config.json")
     trained = folder / config.weights_folder
     if not trained.is_dir():
         raise UserError(f"{folder}: has not finished. Wait for it, or continue it: {resume_command(folder)}")
-    if config.lora_r:
+    if config.trains_adapter:
         return load_policy(config, with_reference=config.beta > 0, adapter=trained), config
-    return load_policy(ModelSettings(str(trained), chat_template=config.chat_template)), config
+    prompts = {name: getattr(config, name) for name in ("chat_template", "system_prompt", "chat_date")}
+    return load_policy(ModelSettings(str(trained), **prompts)), config
 
 
 def respond(

@@ -31,6 +31,7 @@ from minicpgd.tasks import load_task
 from minicpgd.training.evaluation import open_policy, respond
 
 Base = Literal["full", "dequantised"]
+MAX_ROUNDING = 0.01  # nats; in float32 it is near 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
     """Merge a run's adapter into its model, save the result in a new folder, and measure the difference.
 
     Raises:
-        UserError: the run trained no adapter or has not finished, or the folder exists.
+        UserError: the run trained no adapter or has not finished, the folder exists, or merging changes a token's
+            log-probability by more than MAX_ROUNDING. Nothing is saved then.
     """
     trained, config = open_policy(run)
     if not trained.peft:
@@ -76,14 +78,20 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
         if name in weights:
             getattr(module, "base_layer", module).weight.data.copy_(weights.pop(name))
     apart = score(policy.model.eval())
-    merged = Policy(policy.peft.merge_and_unload(), policy.tokenizer, chat_template=policy.chat_template)
-    together = score(merged.model.eval())
+    merged = Policy(policy.peft.merge_and_unload(), policy.tokenizer, policy.settings)
+    together, mask = score(merged.model.eval()), answers.mask
+    rounding = (together - apart)[mask].abs().max().item()
+    if not rounding <= MAX_ROUNDING:
+        change = (
+            f"merging the adapter changes a log-probability by {rounding:.2g} nats; at most {MAX_ROUNDING} is right"
+        )
+        raise UserError(
+            f"{run}: {change}; nothing is exported. The adapter itself can be used: {config.weights_folder}/"
+        )
     again, right_again = respond(merged, task, num_problems, config, greedy=True)
     merged.save(folder)
-
-    mask = answers.mask
     return ExportReport(
-        rounding=(together - apart)[mask].abs().max().item(),
+        rounding=rounding,
         mean_difference=(together - before)[mask].abs().mean().item(),
         same_answers=sum(a == b for a, b in zip(answers.completions, again.completions, strict=True)) / len(right),
         accuracy_trained=right.double().mean().item(),

@@ -8,7 +8,8 @@ In: a config. Out: the run's folder, which `run_folder.py` describes.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,8 +17,9 @@ from safetensors import SafetensorError
 from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError, UserError, is_out_of_memory
 from minicpgd.models.policy import Policy
+from minicpgd.models.sampling import check_sampler
 from minicpgd.training.checkpoint import load_checkpoint, remove_newer, restore, save_checkpoint
-from minicpgd.training.run_folder import RunFolder, refuse_existing, resume_command
+from minicpgd.training.run_folder import RunFolder, refuse_existing, resolved, resume_command, stored_config
 from minicpgd.training.step import Learner
 
 
@@ -44,9 +46,16 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
         UserError: something cannot be loaded, resumed or written, a reward fails, or a new run's folder exists.
         NonFiniteError: a loss or gradient is not finite; the newest checkpoint is from before that.
     """
-    if not resume:
+    config = resolved(config)
+    if resume:
+        config = replace(config, chat_date=config.chat_date or stored_config(config.folder).chat_date)
+    else:
         refuse_existing(config.folder)
     learner = Learner.from_config(config)
+    if learner.policy.prints_date and config.chat_date is None:
+        config = replace(config, chat_date=date.today().isoformat())
+        learner.config = learner.policy.settings = config
+    check_sampler(learner.policy, [row["prompt"] for row in learner.task.held_out(4)], config)
     callbacks.on_load(learner.policy)
     with _one_line_for_disk_errors(config.folder):
         run = RunFolder.reopen(config) if resume else RunFolder.create(config)

@@ -4,6 +4,7 @@ Nothing here changes the learner. In: an `Experience` and the passes over it. Ou
 timings.jsonl, samples.jsonl and passes.jsonl. docs/metrics.md defines each metric.
 """
 
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -32,19 +33,26 @@ class Experience:
     ref_logp: Tensor | None  # (B, T) under the reference policy, nats, if there is one
 
 
+class Update(NamedTuple):
+    """One optimizer step, or one that was skipped because no response had an advantage."""
+
+    outputs: list[LossOutput]  # of every micro-batch; the loss of the minibatch is their sum, just before the step
+    grad_norm: float | None  # before clipping; None: skipped
+
+
 class Pass(NamedTuple):
-    """The results of one pass over a rollout. The loss of a minibatch is that just before its update."""
+    """The results of one pass over a rollout."""
 
     outputs: list[LossOutput]  # of every micro-batch
     losses: list[float]  # of every update
-    grad_norms: list[float]  # of every update, before clipping
+    grad_norms: list[float]  # of every update that was made, before clipping
 
     @classmethod
-    def from_updates(cls, updates: Sequence[tuple[list[LossOutput], float]]) -> "Pass":
+    def from_updates(cls, updates: Sequence[Update]) -> "Pass":
         """Put the results of `Learner.update` together."""
-        outputs = [output for update_outputs, _ in updates for output in update_outputs]
-        losses = [sum(output.loss.item() for output in update_outputs) for update_outputs, _ in updates]
-        return cls(outputs, losses, [norm for _, norm in updates])
+        outputs = [output for update in updates for output in update.outputs]
+        losses = [sum(output.loss.item() for output in update.outputs) for update in updates]
+        return cls(outputs, losses, [update.grad_norm for update in updates if update.grad_norm is not None])
 
 
 class StepLog(NamedTuple):
@@ -73,7 +81,8 @@ def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, con
         "advantage_max": experience.advantages.max().item(),
         "drift_coef": experience.drift_coef if config.row.drift else 0.0,
         **token_metrics(passes[-1].outputs),
-        "grad_norm": float(np.mean([norm for seen in passes for norm in seen.grad_norms])),
+        "grad_norm": mean_of_numbers([norm for seen in passes for norm in seen.grad_norms]),
+        "skipped_updates": sum(len(seen.losses) - len(seen.grad_norms) for seen in passes),
         "loss": float(np.mean([loss for seen in passes for loss in seen.losses])),
         "learning_rate": config.learning_rate,
     }
@@ -82,15 +91,18 @@ def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, con
     return metrics
 
 
-def before_training(
-    rollout: Rollout, rewards: Sequence[float], right: Tensor, greedy_accuracy: float
-) -> dict[str, float]:
+def mean_of_numbers(values: Sequence[float]) -> float:
+    """The mean of the values that are numbers, or 0 if there are none. A response without a reward has NaN."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return float(np.mean(numbers)) if numbers else 0.0
+
+
+def before_training(rollout: Rollout, rewards: Sequence[float], right: Tensor) -> dict[str, float]:
     """The metrics of step 0, from samples for the held-out problems; `right`, of any shape, judges each sample."""
     return {
-        "reward": float(np.mean(rewards)),
+        "reward": mean_of_numbers(rewards),
         "accuracy": right.double().mean().item(),
         "completion_length": rollout.lengths.double().mean().item(),
-        "eval_accuracy": greedy_accuracy,
     }
 
 

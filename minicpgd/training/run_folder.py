@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from minicpgd.config import TrainConfig, load_config
 from minicpgd.errors import ConfigError, UserError, short_repr
 from minicpgd.files import parse_json, write_atomically
+from minicpgd.models.lora import adapter_config
 from minicpgd.training.metrics import StepLog
 
 LOGS = ("metrics", "timings", "samples", "passes")
@@ -84,9 +85,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():  # Reading a pipe could take forever.
         raise UserError(f"{path}: not a file")
     rows = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
+    # Only "\n" ends a line. A response may contain U+2028, at which splitlines() would split, too.
+    *lines, _unfinished = path.read_bytes().decode(errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
         try:
             row = parse_json(line)
             if not isinstance(row, dict):
@@ -112,6 +113,35 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
 def resume_command(folder: Path) -> str:
     """The command that continues a run, in backticks, for a message."""
     return f"`minicpgd train --resume {shlex.quote(str(folder))}`"
+
+
+def stored_config(folder: Path) -> TrainConfig:
+    """The config of a run that is to be resumed.
+
+    Raises:
+        UserError: it is not a run.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"cannot resume {folder}: there is no config.json in it")
+    return load_config(folder / "config.json")
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The same config with absolute paths, and with the rank of a saved adapter. It can be used from any folder.
+
+    Raises:
+        UserError: the saved adapter is not a LoRA adapter.
+    """
+    given = {name: getattr(config, name) for name in ("model", "data", "adapter")}
+    paths = {name: os.path.abspath(os.path.expanduser(path)) for name, path in given.items() if path}
+    config = replace(config, **{name: path for name, path in paths.items() if os.path.exists(path)})
+    if config.adapter is None:
+        return config
+    saved = adapter_config(config.adapter)
+    try:
+        return replace(config, lora_r=saved["r"], lora_alpha=saved["lora_alpha"])
+    except (KeyError, ConfigError) as error:
+        raise UserError(f"adapter = {config.adapter!r}: not a LoRA adapter: {error}") from error
 
 
 def refuse_existing(folder: Path) -> None:
@@ -158,10 +188,8 @@ class RunFolder:
             UserError: it is not a run, or another setting changed; the message names the settings.
         """
         folder = config.folder
-        if not (folder / "config.json").is_file():
-            raise UserError(f"cannot resume {folder}: there is no config.json in it")
-        stored = load_config(folder / "config.json")
-        before, now = (asdict(replace(c, output_dir="", max_steps=1)) for c in (stored, config))
+        stored = stored_config(folder)
+        before, now = (asdict(replace(resolved(c), output_dir="", max_steps=1)) for c in (stored, config))
         changed = [f"{name} was {before[name]}, is {now[name]}" for name in before if before[name] != now[name]]
         if config.max_steps < stored.max_steps:
             changed.append(f"max_steps was {stored.max_steps}, is {config.max_steps}")
@@ -201,7 +229,7 @@ class RunFolder:
         logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
         for path, rows in zip(paths, logs, strict=True):
             text = "".join(map(_line, rows))
-            write_atomically(path, functools.partial(Path.write_text, data=text))
+            write_atomically(path, functools.partial(Path.write_bytes, data=text.encode()))
         return sorted(set(range(step + 1)) - {row["step"] for row in logs[0]})
 
     def append_step(self, step: int, log: StepLog) -> None:
@@ -213,8 +241,8 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Add lines to a log, and force them to disk."""
-        with (self.folder / f"{name}.jsonl").open("a") as file:
-            file.write("".join(map(_line, rows)))
+        with (self.folder / f"{name}.jsonl").open("ab") as file:
+            file.write("".join(map(_line, rows)).encode())
             file.flush()
             os.fsync(file.fileno())
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minicpgd.algorithms.loss import Algorithm, LossOutput, auto_drift_coef
+from minicpgd.algorithms.loss import Algorithm, auto_drift_coef
 from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError
 from minicpgd.models.logprobs import token_logprobs
@@ -30,7 +30,7 @@ from minicpgd.tasks.rewards import RewardFunction, call_reward, load_reward
 from minicpgd.tasks.task import Task, load_task
 from minicpgd.training import metrics
 from minicpgd.training.evaluation import respond
-from minicpgd.training.metrics import Experience, Pass, StepLog
+from minicpgd.training.metrics import Experience, Pass, StepLog, Update
 
 
 class Generators(NamedTuple):
@@ -113,7 +113,7 @@ class Learner:
 
         values = metrics.step_metrics(experience, passes, self.task, config)
         if step % config.eval_steps == 0 or step == config.max_steps:
-            values["eval_accuracy"] = self._held_out_accuracy()
+            values |= self._evaluate(step)
         timings = metrics.step_timings(experience.rollout, sampled - started, trained - sampled)
         if step == 1 or step % config.logging_steps == 0:
             return StepLog(values, timings, metrics.sample_rows(step, experience), metrics.pass_rows(step, passes))
@@ -125,11 +125,11 @@ class Learner:
         minibatches = order_of_responses.to(self.policy.device).chunk(self.config.num_minibatches)
         return Pass.from_updates([self.update(experience, rows) for rows in minibatches])
 
-    def update(self, experience: Experience, rows: Tensor) -> tuple[list[LossOutput], float]:
+    def update(self, experience: Experience, rows: Tensor) -> Update:
         """Make one optimizer step, in micro-batches, on the responses with the indices `rows`, (b,).
 
-        Returns:
-            The loss of each micro-batch (the minibatch's loss is their sum), and the gradient's norm before clipping.
+        If no response has an advantage, there is nothing to learn. Then the step is skipped, with the optimizer's
+        moments unchanged: Adam would scale the rounding errors of the drift's gradient up to full steps.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite; this update does not change the weights.
@@ -140,7 +140,9 @@ class Learner:
         weights = self.algorithm.token_weights(mask[rows], config.max_completion_length)
         settings = config.loss_settings(experience.drift_coef)
         scale, outputs = LOSS_SCALE if model.dtype == torch.float16 else 1.0, []
-        with one_thread_if_small(model):
+        kl_in_loss = config.beta > 0 and self.algorithm.reference_kl == "loss"
+        learns = kl_in_loss or bool(advantages[rows][mask[rows].any(dim=1)].any())
+        with one_thread_if_small(model), torch.set_grad_enabled(learns):
             for places in rollout.micro_batches(rows, config.micro_batch_size, config.micro_batch_tokens):
                 part = rows[places]  # `places` are positions in `rows`.
                 ids, attention, t = rollout.inputs(part)
@@ -150,9 +152,12 @@ class Learner:
                     logp, old_logp, advantages[part], mask[part, :t], settings, token_weights=weights[places, :t],
                     ref_logp=None if ref_logp is None else ref_logp[part, :t],
                 )  # fmt: skip
-                (scale * output.loss).backward()
+                if learns:
+                    (scale * output.loss).backward()
                 # Drop the graph, so that the allocator can return the large blocks between its small nodes.
                 outputs.append(replace(output, loss=output.loss.detach()))
+            if not learns:
+                return Update(outputs, grad_norm=None)
             if scale != 1:
                 for parameter in parameters:
                     parameter.grad /= scale
@@ -161,18 +166,23 @@ class Learner:
                 raise NonFiniteError(f"the loss is {sum(o.loss.item() for o in outputs)}, the gradient's norm {norm}")
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return outputs, norm
+        return Update(outputs, norm)
 
     def evaluate_before_training(self) -> StepLog:
         """Step 0: the model before training, on the held-out set."""
-        config = self.config
-        rollout, right = respond(self.policy, self.task, config.eval_problems, config)
-        rewards = call_reward(self.reward, self.task.held_out(config.eval_problems), rollout.completions)
-        return StepLog(metrics.before_training(rollout, rewards, right, self._held_out_accuracy()))
+        rollout, right, rewards = self._respond(step=0, greedy=False)
+        return StepLog(metrics.before_training(rollout, rewards, right) | self._evaluate(0))
 
-    def _held_out_accuracy(self) -> float:
-        _, right = respond(self.policy, self.task, self.config.eval_problems, self.config, greedy=True)
-        return right.double().mean().item()
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Greedy accuracy and reward on the held-out set. The task judges the accuracy, and the run's own reward."""
+        _, right, rewards = self._respond(step, greedy=True)
+        return {"eval_accuracy": right.double().mean().item(), "eval_reward": metrics.mean_of_numbers(rewards)}
+
+    def _respond(self, step: int, greedy: bool) -> tuple[Rollout, Tensor, list[float]]:
+        """Answer the held-out problems: the responses, which of them are right, and their rewards."""
+        rollout, right = respond(self.policy, self.task, self.config.eval_problems, self.config, greedy=greedy)
+        problems = self.task.held_out(self.config.eval_problems)
+        return rollout, right, call_reward(self.reward, problems, rollout.completions)
 
     def score(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
         r"""(B, T) log-probabilities of a rollout's tokens, nats, 0 at padding: under $\pi_\theta$, or another model."""
