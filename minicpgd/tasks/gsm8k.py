@@ -34,9 +34,11 @@ class Gsm8k(Jsonl):
 
     def _load(self, data: str | None) -> tuple[Rows, Rows]:
         train, test = _from_hub() if data is None else read_and_split(data, **COLUMNS)
-        for row in train + test:
-            row["answer"] = plain(reference_answer(row["answer"]))
-        return train, test
+        return _numbers_alone(train), _numbers_alone(test)
+
+
+def _numbers_alone(rows: Rows) -> Rows:
+    return [row | {"answer": plain(reference_answer(row["answer"]))} for row in rows]
 
 
 def _from_hub() -> tuple[Rows, Rows]:

@@ -2,22 +2,25 @@
 
     {"prompt": "What is 3/4 of 12?", "answer": "9"}
 
+A prompt may also be a list of messages, as in TRL: [{"role": "user", "content": "What is 3/4 of 12?"}].
+
 A response is right if the answer that it states (`minicpgd.tasks.answers.stated_answer`) has the same value.
 
 In: the path of the data. Out: training and held-out problems as dataset rows. You may subclass `Jsonl` for a dataset
 with other columns, as `gsm8k.py` does.
 """
 
+import json
 import random
 from typing import Any
 
 from minicpgd.errors import UserError
 from minicpgd.tasks.answers import is_solution, need_math_verify
 from minicpgd.tasks.chain_arithmetic import is_held_out
-from minicpgd.tasks.data_files import find_files, read_files
+from minicpgd.tasks.data_files import Prompt, find_files, read_files
 from minicpgd.tasks.rewards import mathematical
 
-Rows = list[dict[str, Any]]
+Rows = list[dict[str, Any]]  # row["prompt"] is a `Prompt`, row["answer"] is text.
 
 
 class Jsonl:
@@ -35,8 +38,10 @@ class Jsonl:
         self._train, self._held_out = self._load(data)
         need_math_verify()
         if instruction:
-            for row in self._train + self._held_out:
-                row["prompt"] = f"{row['prompt']}\n\n{instruction}"
+            self._train, self._held_out = (
+                [row | {"prompt": add_instruction(row["prompt"], instruction)} for row in rows]
+                for rows in (self._train, self._held_out)
+            )
 
     @staticmethod
     def source(data: str | None) -> str:
@@ -55,7 +60,7 @@ class Jsonl:
         """Evaluation problems: the same ones for the same seed; all of them if there are fewer."""
         return random.Random(f"held out {seed}").sample(self._held_out, len(self._held_out))[:num_problems]
 
-    def is_correct(self, problem: dict[str, str], completion: str) -> bool:
+    def is_correct(self, problem: dict[str, Any], completion: str) -> bool:
         """The final answer equals the reference, exactly or in value."""
         return is_solution(completion, problem["answer"])
 
@@ -77,7 +82,7 @@ def read_and_split(data: str | None, *, prompt: str = "prompt", answer: str = "a
         train, test = (read_files(files[split], prompt=prompt, answer=answer) for split in ("train", "test"))
         return without(train, test, data), test
     rows = read_files(files["all"], prompt=prompt, answer=answer)
-    train, test = ([row for row in rows if is_held_out(row["prompt"]) is held_out] for held_out in (False, True))
+    train, test = ([row for row in rows if is_held_out(prompt_key(row["prompt"])) is side] for side in (False, True))
     if not (train and test):
         lack = f"its {len(rows)} problems leave none to {'hold out' if train else 'train on'}, as one prompt in 16"
         raise UserError(f"data = {data!r}: {lack} is held out; give more, or a folder with train.jsonl and test.jsonl")
@@ -90,7 +95,21 @@ def without(train: Rows, test: Rows, data: str | None) -> Rows:
     Raises:
         UserError: there is none.
     """
-    prompts = {row["prompt"] for row in test}
-    if not (kept := [row for row in train if row["prompt"] not in prompts]):
+    prompts = {prompt_key(row["prompt"]) for row in test}
+    if not (kept := [row for row in train if prompt_key(row["prompt"]) not in prompts]):
         raise UserError(f"data = {data!r}: every training problem is among the test problems, too")
     return kept
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """A text that is the same for equal prompts: text itself, and messages as JSON with sorted keys."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
+def add_instruction(prompt: Prompt, instruction: str) -> Prompt:
+    """A new prompt with the instruction below the text, or below the last message of the user."""
+    if isinstance(prompt, str):
+        return f"{prompt}\n\n{instruction}"
+    last = max(number for number, message in enumerate(prompt) if message["role"] == "user")
+    longer = prompt[last] | {"content": f"{prompt[last]['content']}\n\n{instruction}"}
+    return [*prompt[:last], longer, *prompt[last + 1 :]]

@@ -1,17 +1,18 @@
 """Tasks: where problems come from, and which responses are right.
 
 In: the name of a task, with the data and the instruction of some settings. Out: an object with the members of `Task`. A
-problem is a dataset row: a dict with `prompt` and the columns that the reward needs. You may add a class to `TASKS`.
+problem is a dataset row: a dict with `prompt` and the columns that the reward needs. The prompt is text or messages
+(`minicpgd.tasks.data_files.Prompt`). You may add a class to `TASKS`.
 """
 
 import random
-from typing import Protocol
+from typing import Any, Protocol
 
 from minicpgd.config import TaskSettings
 from minicpgd.errors import ConfigError
 from minicpgd.tasks.chain_arithmetic import ChainArithmetic
 from minicpgd.tasks.gsm8k import Gsm8k
-from minicpgd.tasks.jsonl import Jsonl
+from minicpgd.tasks.jsonl import Jsonl, Rows
 from minicpgd.tasks.rewards import RewardFunction
 
 
@@ -26,13 +27,13 @@ class Task(Protocol):
     def source(data: str | None) -> str:
         """Say in one line where the problems come from, without loading them. Raises UserError if there are none."""
 
-    def sample(self, num_problems: int, rng: random.Random) -> list[dict[str, str]]:
+    def sample(self, num_problems: int, rng: random.Random) -> Rows:
         """Fresh training problems, which depend on `rng` alone."""
 
-    def held_out(self, num_problems: int, seed: int = 0) -> list[dict[str, str]]:
+    def held_out(self, num_problems: int, seed: int = 0) -> Rows:
         """A fixed evaluation set, disjoint from everything that `sample` can return."""
 
-    def is_correct(self, problem: dict[str, str], completion: str) -> bool:
+    def is_correct(self, problem: dict[str, Any], completion: str) -> bool:
         """Whether a response counts as right in the accuracy. The reward of a run may differ."""
 
 
