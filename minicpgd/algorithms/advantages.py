@@ -20,8 +20,8 @@ The centre says what the reward is compared with. The weight $w(x)$ says how muc
 $\sigma$ has G - 1 in its denominator. If all rewards of a group are equal, their computed mean can have a rounding
 error, and the division by $\sigma$ would enlarge it. The code first subtracts the first reward: then 0 is exact.
 
-A response that no reward function judges has the reward NaN. Its advantage is 0, as in TRL. The other responses have the
-advantages that they would have without it (`of_scored`, ours).
+A response that no reward function judges has the reward NaN. Its advantage is 0, as in TRL. The other responses have
+the advantages that they would have without it (`of_scored`, ours).
 """
 
 from collections.abc import Callable

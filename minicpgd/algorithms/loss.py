@@ -95,7 +95,7 @@ class Algorithm:
     def advantages(self, rewards: Tensor, lengths: Tensor, *, advantage_weight: str | None = None) -> Tensor:
         r"""Compute (N, G) advantages. If all rewards are equal, they are 0.
 
-        For CPGD they are $(R - \mu) / (\sigma + 10^{-4})$ (arXiv 2505.12504; `advantages.py` names the others' sources).
+        For CPGD they are $(R - \mu) / (\sigma + 10^{-4})$ (arXiv 2505.12504; `advantages.py` names the other sources).
 
         Args:
             rewards: (N, G), one per response, any unit. NaN: no reward function judges this response.
