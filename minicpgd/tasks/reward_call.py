@@ -38,7 +38,7 @@ def checked_call(name: str, function: RewardFunction, completions: Sequence, /, 
             number nor None. An error of a part of a sum already names the part.
     """
     try:
-        returned = invoke(function, completions=[*completions], **others)
+        returned = _invoke(function, completions=[*completions], **others)
         return _checked(name, returned, completions)
     except UserError:
         raise
@@ -46,7 +46,7 @@ def checked_call(name: str, function: RewardFunction, completions: Sequence, /, 
         raise UserError(f"reward function {name} raised {describe_error(error)}") from error
 
 
-def invoke(function: RewardFunction, /, **arguments: Any) -> Any:
+def _invoke(function: RewardFunction, /, **arguments: Any) -> Any:
     """Call a function with those of the arguments that it takes. Wait for the result if it is asynchronous.
 
     TRL always passes all arguments. A function that would refuse some of them works here all the same.

@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from fractions import Fraction
 from numbers import Real
 from typing import Any
 
@@ -45,8 +46,10 @@ def answer_text(answer: Any) -> str:
         return str(answer).lower()
     if not (isinstance(answer, Real | Decimal) and math.isfinite(answer)):
         raise TypeError(f"the answer {short_repr(answer)} is neither text nor a finite number")
+    if isinstance(answer, Fraction):
+        return str(answer)
     whole = math.floor(answer)
-    return str(whole if whole == answer else answer)
+    return str(whole) if whole == answer else f"{Decimal(str(answer)):f}"  # math-verify reads no exponents.
 
 
 def exact_answer(prompts: Sequence, completions: Sequence, answer: Sequence, **_: Any) -> list[float]:
