@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import loss_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from minicpgd import ALGORITHMS
 from minicpgd.errors import ConfigError, UserError
@@ -181,9 +181,118 @@ def test_in_an_evaluation_the_table_of_completions_has_our_advantages_only(make)
     assert list(trainer._logs["advantages"]) == pytest.approx([-0.75, 0.25, 0.25, 0.25])
 
 
-def test_a_response_without_any_reward_is_one_line(make):
-    with pytest.raises(UserError, match="a response got no number from any reward function"):
-        first_batch(make(rewards=[0.0, 1.0, None, 1.0, 0.0, 0.0, 1.0, 1.0]))
+def test_a_response_without_any_reward_has_the_advantage_0_as_in_trl(make):
+    rewards = [0.0, 1.0, None, 1.0, None, None, None, None]
+    trainer = make(rewards=rewards, algorithm="grpo")
+    rows = [{"prompt": f"{digit}+1="} for digit in range(PROMPTS) for _ in range(GROUP)]
+    advantages = trainer._generate_and_score_completions(rows)["advantages"]
+    theirs = super(ours.CPGDTrainer, trainer)._generate_and_score_completions(rows)["advantages"]
+    assert advantages.tolist() == pytest.approx(theirs.tolist(), abs=1e-6)
+    deviation = 3**-0.5  # of 0, 1 and 1
+    expected = [-2 / 3 / (deviation + 1e-4), 1 / 3 / (deviation + 1e-4), 0, 1 / 3 / (deviation + 1e-4), 0, 0, 0, 0]
+    assert advantages.tolist() == pytest.approx(expected)
+    assert (advantages[[2, 4, 5, 6, 7]] == 0).all()
+
+
+@pytest.mark.parametrize("reward", [float("inf"), -1e30])
+def test_a_reward_that_cannot_be_trained_on_is_one_line(make, reward):
+    trainer = make(rewards=[0.0, 1.0, None, 1.0, 0.0, reward, 1.0, 1.0])
+    with pytest.raises(
+        UserError, match=r"^reward function reward returned -?(inf|1e\+30|1\.0\d*e\+30) for '"
+    ) as caught:
+        first_batch(trainer)
+    assert str(caught.value).endswith("a finite number is needed, of 1e+15 at most")
+
+
+class Snapshots(TrainerCallback):
+    """Keeps the weights and the state of the optimizer after each step."""
+
+    def __init__(self):
+        self.weights, self.states = [], []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **_):
+        self.weights.append([parameter.detach().clone() for parameter in model.parameters()])
+        tensors = [tensor for slots in optimizer.state.values() for tensor in slots.values()]
+        self.states.append([tensor.clone() for tensor in tensors])
+
+
+def equal(first, second):
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_without_any_advantage_neither_weights_nor_moments_change(make, accumulated):
+    """The first rollout has advantages. The second has none, and Adam would move on with its moments."""
+    rollouts = []
+
+    def reward(completions, **_):
+        rollouts.append(len(completions))
+        return [float(len(c) % 3) if len(rollouts) == 1 else 0.3 for c in completions]
+
+    settings = {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
+    trainer = make(num_iterations=2, max_steps=4, weight_decay=0.1, lr_scheduler_type="constant", **settings)
+    trainer.reward_funcs, snapshots = [reward], Snapshots()
+    trainer.add_callback(snapshots)
+    trainer.train()
+    weights, states = snapshots.weights, snapshots.states
+    assert rollouts == [8, 8]
+    assert not equal(weights[0], weights[1])
+    assert not equal(states[0], states[1])
+    assert equal(weights[1], weights[2])
+    assert equal(weights[2], weights[3])
+    assert states[3]
+    assert equal(states[1], states[2])
+    assert equal(states[2], states[3])
+    assert [line["skipped_updates"] for line in trainer.state.log_history if "loss" in line] == [0, 0, 1, 1]
+
+
+def test_a_run_whose_rewards_are_all_equal_ends_with_the_weights_that_it_began_with(make):
+    trainer = make(rewards=[1.0] * 8, num_iterations=2, max_steps=4)
+    trainer.args.logging_steps = 4
+    start = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    assert equal(start, [parameter.detach() for parameter in trainer.model.parameters()])
+    assert not trainer.optimizer.state
+    assert [line["skipped_updates"] for line in trainer.state.log_history if "loss" in line] == [4]
+
+
+def are_dropped(trainer, *micro_batches):
+    """Say whether an optimizer step on these micro-batches has lost its gradients."""
+    for inputs in micro_batches:
+        trainer._compute_loss(trainer.model, inputs).backward()
+    trainer.skip_if_idle(torch.optim.SGD(trainer.model.parameters(), lr=0.1))
+    gradients = [parameter.grad for parameter in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    assert len({gradient is None for gradient in gradients}) == 1
+    return gradients[0] is None
+
+
+def test_a_step_is_skipped_only_if_there_is_nothing_to_learn(make, monkeypatch):
+    trainer = make(num_iterations=2)
+    learns = first_batch(trainer)
+    idle = learns | {"advantages": torch.zeros(8)}
+    assert not are_dropped(trainer, learns)
+    assert not are_dropped(trainer, learns, idle)
+    assert not are_dropped(trainer, idle, learns)
+    assert are_dropped(trainer, idle, idle)
+    masked = learns["completion_mask"] * (learns["advantages"] == 0).long()[:, None]
+    assert are_dropped(trainer, learns | {"completion_mask": masked})  # The others have no token that counts.
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.accelerator, "reduce", lambda tensor, reduction="sum": tensor + 1)
+        assert not are_dropped(trainer, idle)  # Another process learns.
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.accelerator, "scaler", object())
+        assert not are_dropped(trainer, idle)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "is_deepspeed_enabled", True)
+        assert not are_dropped(trainer, idle)
+    assert are_dropped(trainer, idle)
+
+
+@pytest.mark.parametrize(("name", "dropped"), [("cpgd", False), ("reinforce_pp", True)])
+def test_a_kl_in_the_loss_has_something_to_learn_without_advantages(make, name, dropped):
+    trainer = make(algorithm=name, beta=0.1, num_iterations=2)
+    assert are_dropped(trainer, first_batch(trainer) | {"advantages": torch.zeros(8)}) is dropped
 
 
 def test_a_truncated_response_keeps_its_length_in_a_mean_over_tokens(make):
@@ -326,6 +435,7 @@ def test_experts_are_balanced_as_trl_balances_them(make, tmp_path):
     # With equal rewards the loss has no other part.
     assert loss.item() == pytest.approx(0.1 * trainer._scored[2].item(), rel=1e-4)
     assert loss.item() > 0
+    assert not are_dropped(trainer, first_batch(trainer))
 
 
 def test_a_run_logs_trls_metrics_and_ours_and_can_evaluate(make):
@@ -339,6 +449,7 @@ def test_a_run_logs_trls_metrics_and_ours_and_can_evaluate(make):
     assert first["kl_old"] == pytest.approx(0, abs=1e-9)
     assert second["ratio_min"] < 1 < second["ratio_max"]
     assert second["kl_old"] > 0
+    assert first["skipped_updates"] == second["skipped_updates"] == 0
     assert not any(t.requires_grad for t in trainer._scored if t is not None)  # The graphs of a step are freed.
     assert "eval_reward" in trainer.evaluate(trainer.train_dataset)
 

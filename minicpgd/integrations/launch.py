@@ -16,7 +16,7 @@ import importlib
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,8 @@ from transformers.utils import logging
 from minicpgd.config import ModelSettings
 from minicpgd.errors import UserError, did_you_mean
 from minicpgd.models.policy import check_model_folder, quiet, resolve_model
-from minicpgd.tasks.rewards import RewardFunction, load_reward
+from minicpgd.tasks.reward_call import RewardFunction, checked_call, name_of, response_text
+from minicpgd.tasks.rewards import load_reward
 from minicpgd.tasks.task import Task, get_task
 
 if TYPE_CHECKING:
@@ -63,20 +64,32 @@ class LinePerRollout(ProgressCallback):
 
 
 def rows_of(task: Task, num_problems: int, seed: int, *, chat: bool) -> list[dict[str, Any]]:
-    """Training problems as rows for TRL. With `chat` each prompt is a message, for TRL's chat templates."""
+    """Training problems as rows for TRL. With `chat` a text becomes a message, for TRL's chat templates."""
     rows: list[dict[str, Any]] = list(task.sample(num_problems, random.Random(seed)))
-    return [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows] if chat else rows
+    if not chat or not has_texts(rows):
+        return rows
+    return [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
 
 
-def accept_messages(reward: RewardFunction) -> RewardFunction:
-    """The same reward function, which also takes prompts and completions as messages, as TRL passes them."""
+def has_texts(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the prompts are texts. Otherwise they are lists of messages."""
+    return all(isinstance(row["prompt"], str) for row in rows)
 
-    def text(message: Any) -> str:
-        return message if isinstance(message, str) else message[-1]["content"]
+
+def accept_messages(reward: RewardFunction, *, as_texts: bool = True) -> RewardFunction:
+    """A reward function for TRL that calls another one as `minicpgd train` does, with its one-line errors.
+
+    With `as_texts` the other one gets texts, although TRL passes messages: the task's problems are texts.
+    """
+
+    def text(prompt: Any) -> str:
+        return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
     @functools.wraps(reward)
-    def wrapped(prompts: list, completions: list, **columns: Any) -> list[float]:
-        return reward(prompts=[*map(text, prompts)], completions=[*map(text, completions)], **columns)
+    def wrapped(prompts: list, completions: list, **others: Any) -> list[float | None]:
+        if as_texts:
+            prompts, completions = [*map(text, prompts)], [*map(response_text, completions)]
+        return checked_call(name_of(reward), reward, completions, prompts=prompts, **others)
 
     return wrapped
 
@@ -160,7 +173,7 @@ def _trainer(problems: Problems, args: "CPGDConfig", model: "ModelConfig") -> "C
     with _in_one_line():
         trainer = CPGDTrainer(
             model=name,
-            reward_funcs=accept_messages(reward),
+            reward_funcs=accept_messages(reward, as_texts=has_texts(rows_of(task, 1, args.seed, chat=False))),
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,

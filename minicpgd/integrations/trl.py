@@ -4,8 +4,8 @@ TRL does everything else: several GPUs (accelerate, FSDP, DeepSpeed), vLLM, adap
 logging, checkpoints. docs/scale.md has an example and translates our names into TRL's. `launch.py` trains on our tasks.
 
 In: a reward function and a dataset, as for GRPOTrainer. Out: what GRPOTrainer writes; its log also has `kl_old`,
-`ratio_min`, `ratio_max`, `clip_frac_pos`, `clip_frac_neg` and `drift_coef`. You may change every field of `CPGDConfig`
-except those in `NOT_OURS`, which only TRL's own losses read. This file needs the extra `trl`.
+`ratio_min`, `ratio_max`, `clip_frac_pos`, `clip_frac_neg`, `drift_coef` and `skipped_updates`. You may change every
+field of `CPGDConfig` except those in `NOT_OURS`, which only TRL's own losses read. This file needs the extra `trl`.
 """
 
 import contextlib
@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minicpgd.algorithms import LossOutput, auto_drift_coef, token_metrics
 from minicpgd.algorithms.aggregation import token_mean
 from minicpgd.config import ObjectiveSettings
 from minicpgd.errors import ConfigError, UserError
+from minicpgd.tasks.reward_call import LARGEST, refusal
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -85,10 +88,15 @@ class CPGDTrainer(GRPOTrainer):
     change the gradient, except for rounding, and except for a mean over tokens whose optimizer step needs a part of the
     next rollout. TRL's `clip_ratio/*` count tokens beyond the bounds, also for a row that does not clip.
 
+    A response for which every reward function returned None has the advantage 0. If no response of an optimizer step
+    has an advantage, there is nothing to learn, and the step is skipped: weights and the optimizer's moments keep their
+    values. It is made all the same if `beta` acts in the loss, if experts are balanced, with DeepSpeed, and in float16,
+    where the optimizer does not wait for the trainer or counts on having gradients.
+
     Raises:
         ConfigError: `args` is no CPGDConfig; or `beta` is a penalty in the reward, with one update per rollout, for
             which TRL does not keep the log-probabilities that the penalty needs.
-        UserError: no reward function gave a number to a response.
+        UserError: a reward is infinite, or larger than rewards may be.
     """
 
     args: CPGDConfig
@@ -109,9 +117,17 @@ class CPGDTrainer(GRPOTrainer):
         self._lengths: Tensor  # (B of this process,) tokens, from TRL's last rollout
         self._scored: tuple[Tensor, Tensor, Tensor | None]  # a micro-batch's logp and entropy (B, T); the experts' loss
         self._counted: tuple[list, Tensor] = ([], torch.empty(0))  # a rollout's micro-batches, and the tokens in each
+        self._learns: Tensor | bool = False  # whether a response of this optimizer step has an advantage
+        self._skipped = 0  # optimizer steps since the last log
+        self.add_callback(_SkipIdleSteps(self))
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> Tensor:
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        refused = (self._rewards.abs() > LARGEST).nonzero().tolist()
+        if refused:  # All processes have all rewards, so all raise the error.
+            row, column = refused[0]
+            reward = self._rewards[row, column].item()
+            raise refusal(self.reward_func_names[column], reward, gather_object(completions)[row])
         self._lengths = torch.tensor([len(ids) for ids in completion_ids], device=self._rewards.device)
         return self._rewards
 
@@ -125,10 +141,8 @@ class CPGDTrainer(GRPOTrainer):
         group = self.num_generations if self.model.training else self.num_generations_eval
         if group == 1 and not self.model.training:
             return rollout  # An evaluation with one response per prompt has TRL's advantages, which are 0.
-        if self._rewards.isnan().all(dim=1).any():
-            reason = "advantages compare each with the others"
-            raise UserError(f"a response got no number from any reward function: {reason}")
         rewards = (self._rewards * self.reward_weights.to(self._rewards)).nansum(dim=1)
+        rewards[self._rewards.isnan().all(dim=1)] = torch.nan  # TRL turns None into NaN.
         mask = _mask(rollout)
         if self.beta and self.algorithm.reference_kl == "reward":
             if "old_per_token_logps" not in rollout:
@@ -182,6 +196,8 @@ class CPGDTrainer(GRPOTrainer):
         # Detach what stays, so that the graph is freed.
         self._scored = logp.detach(), entropy.detach(), None if aux_loss is None else aux_loss.detach()
         mask, old_logp = _mask(inputs), inputs.get("old_per_token_logps")
+        if self.model.training:
+            self._learns = (inputs["advantages"] * mask.any(dim=1)).any() | self._learns
         weights = self.algorithm.token_weights(mask, self.max_completion_length)
         if "importance_sampling_ratio" in inputs:  # vLLM's probabilities differ from those of the trained model.
             weights = weights * inputs["importance_sampling_ratio"]
@@ -199,6 +215,25 @@ class CPGDTrainer(GRPOTrainer):
             return output.loss
         share = 1 / self.current_gradient_accumulation_steps if self.model.training else 1.0
         return output.loss + share * self.router_aux_loss_coef * aux_loss
+
+    def skip_if_idle(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop all gradients before an optimizer step without any advantage, so that the optimizer changes nothing."""
+        learns = self.accelerator.reduce(torch.as_tensor(self._learns, device=self.accelerator.device).float())
+        self._learns = False
+        kl_in_loss = self.beta != 0 and self.algorithm.reference_kl == "loss"
+        needs_gradients = self.is_deepspeed_enabled or self.accelerator.scaler is not None
+        if learns or kl_in_loss or self.aux_loss_enabled or needs_gradients:
+            return
+        self._skipped += 1
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, with the number of skipped steps since the last one."""
+        if "loss" in logs:
+            logs, self._skipped = logs | {"skipped_updates": self._skipped}, 0
+        super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -225,6 +260,16 @@ class CPGDTrainer(GRPOTrainer):
             metrics["drift_coef"] = self.drift_coef
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+
+class _SkipIdleSteps(TrainerCallback):
+    """Tells the trainer when gradients are complete. It is called after they are clipped."""
+
+    def __init__(self, trainer: CPGDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.trainer.skip_if_idle(optimizer)
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:
