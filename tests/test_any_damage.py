@@ -229,7 +229,7 @@ def test_a_checkpoint_that_is_no_file_is_ignored_and_one_of_a_later_step_is_refu
     folder = copied(stopped)
     rewrite(folder / NEWEST, lambda header, tensors: header.update(step=9))
     (folder / NEWEST).rename(folder / "checkpoints/step-000009.safetensors")
-    assert "step-000009.safetensors: its step is after max_steps = 4; it is not of this run" in resumed(folder)
+    assert "step-000009.safetensors: it is after max_steps = 4; it belongs to another run" in resumed(folder)
 
 
 def test_after_a_million_steps_the_newest_is_still_the_newest(tmp_path):

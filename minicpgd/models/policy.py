@@ -6,6 +6,7 @@ which turns text into token ids. Everything else in the package sees token ids.
 
 import copy
 import logging as python_logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ from minicpgd.models.precision import checkpoint_layers, choose_dtype, disable_d
 
 Prompt = str | list[dict[str, str]]  # a text, or a conversation: messages with `role` and `content`
 EMBEDDED = Path(__file__).parent / "embedded"
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # how a chat template asks for today's date
 NO_CODE = {"trust_remote_code": False}  # With None, transformers would ask on the terminal about a model's own code.
 
 
@@ -141,7 +143,7 @@ class Policy:
     @property
     def prints_date(self) -> bool:
         """Whether the chat template prints the date."""
-        return self.settings.chat_template and "strftime_now" in str(self.tokenizer.chat_template)
+        return self.settings.chat_template and bool(_DATE.search(str(self.tokenizer.chat_template)))
 
     def _as_text(self, prompt: Prompt) -> str:
         if self.settings.system_prompt is not None or not isinstance(prompt, str):
@@ -155,9 +157,11 @@ class Policy:
         if self.settings.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.settings.system_prompt}, *messages]
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
-        if self.settings.chat_date is not None:  # This replaces the template's own function.
-            options["strftime_now"] = datetime.fromisoformat(self.settings.chat_date).strftime
         try:
+            if self.settings.chat_date is not None:
+                day = datetime.fromisoformat(self.settings.chat_date)
+                template = self.tokenizer.get_chat_template()
+                options["chat_template"] = _DATE.sub(lambda call: repr(day.strftime(call[2])), template)
             return str(self.tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # A template is a program of the model's, in a sandbox.
             reason = describe_error(error)
@@ -274,13 +278,11 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreT
         token = tokenizer.convert_ids_to_tokens(largest)
         advice = "remove the token, or resize the embedding with resize_token_embeddings and save the model"
         raise UserError(
-            f"model = {name!r}: its embedding has {rows} rows, and token {token!r} has id {largest}; {advice}"
+            f"model = {name!r}: its embedding has {rows} rows, and its token {token!r} has the id {largest}; {advice}"
         )
     if not len(Policy(model, tokenizer).eos_ids):
-        advice = "add eos_token_id to generation_config.json"
-        raise UserError(
-            f"model = {name!r}: neither its tokenizer nor its generation config names an EOS token; {advice}"
-        )
+        reason = "neither its tokenizer nor its generation config names an end-of-sequence token"
+        raise UserError(f"model = {name!r}: {reason}; add eos_token_id to generation_config.json")
 
 
 def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
