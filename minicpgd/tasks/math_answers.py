@@ -3,9 +3,9 @@
 A response is untrusted text. `9^{9^9}` keeps sympy busy for hours, and deep nesting overflows the stack. math-verify's
 own timeouts are alarm signals, which only the main thread can set. So a second process compares, and the kernel limits
 its processor time and memory. A comparison that ends this process counts as "not equal". The limit is not wall time,
-so a busy machine gives the same rewards as an idle one.
-
-The second process runs this file as a program. The file imports nothing of minicpgd, so the process starts fast.
+so a busy machine gives the same rewards as an idle one. The second process runs this file as a program. The file
+imports nothing of minicpgd, so the process starts fast. math-verify takes a difference below 1e-15 for zero, so 1/2^98
+would equal 1/2^99. `_strict_numbers` prevents that.
 
 In: two final answers as text. Out: whether they are equal. You may change the limits.
 """
@@ -19,11 +19,14 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from subprocess import DEVNULL, PIPE, Popen
+from typing import Any
 
 SECONDS = 2.0  # processor time of one comparison, which usually takes 5 ms
 GIBIBYTES = 2  # address space of the process
 LONGEST = 200  # characters of an answer
+TOLERANCE = 5e-6  # relative difference of a decimal from a value that is no decimal, as 0.333333 from 1/3
 
 
 class UnavailableError(Exception):
@@ -85,13 +88,38 @@ def _exchange(process: "Popen[str]", line: str) -> str:
     return process.stdout.readline().rstrip("\n")
 
 
+def _strict_numbers(equal: Callable[..., bool]) -> Callable[..., bool]:
+    """The function of math-verify that compares two numbers, with a relative tolerance instead of an absolute one."""
+    from sympy import Float, MatrixBase, MatrixExpr, Rational, simplify
+
+    def strictly_equal(a: Any, b: Any, *rounding: int) -> bool:
+        if isinstance(a, MatrixBase | MatrixExpr) or isinstance(b, MatrixBase | MatrixExpr):
+            return equal(a, b, *rounding)  # It calls this function for the elements.
+        with contextlib.suppress(Exception):  # After False, math-verify compares symbolically, which is exact.
+            is_rounded = bool(a.atoms(Float)) != bool(b.atoms(Float))
+            exact, other = (v.xreplace({n: Rational(str(n)) for n in v.atoms(Float)}).doit() for v in (a, b))
+            difference = exact - other
+            if difference.free_symbols:
+                return bool(a.atoms(Float) | b.atoms(Float)) and simplify(difference) == 0
+            if difference == 0 or difference.is_infinite or (difference.is_Rational and not is_rounded):
+                return difference == 0
+            limit = abs(exact).evalf(50) * (TOLERANCE if is_rounded else 1e-30)
+            return bool(abs(difference).evalf(50) <= limit) and (not is_rounded or equal(a, b, *rounding))
+        return False
+
+    return strictly_equal
+
+
 def _serve() -> None:
     """Reply "yes" or "no" to each line [reference, answer] from standard input, until it ends."""
     replies, sys.stdout = sys.stdout, sys.stderr  # A library may print.
     seconds = float(sys.stdin.readline())
     try:
-        from math_verify import LatexExtractionConfig, parse, verify
+        from latex2sympy2_extended.math_normalization import NormalizationConfig
+        from math_verify import LatexExtractionConfig, grader, parse, verify
         from sympy.core.random import seed
+
+        grader.sympy_numeric_eq = _strict_numbers(grader.sympy_numeric_eq)
     except Exception as error:
         print(" ".join(str(error).split()), file=replies, flush=True)
         return
@@ -100,12 +128,15 @@ def _serve() -> None:
         with contextlib.suppress(ValueError, OSError):  # macOS cannot limit the address space.
             resource.setrlimit(limit, (value, value))
 
-    boxed = [LatexExtractionConfig(boxed_match_priority=0)]
+    # math-verify would remove units. Its list has the letters c, d, g, h, l, m, o, s and t, so 2t would equal 2.
+    rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    boxed = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)]
 
     def verdict(*answers: str) -> str:
         seed(0)  # sympy compares some expressions at random numbers.
         reference, answer = (parse(rf"\boxed{{{answer}}}", boxed, parsing_timeout=None) for answer in answers)
-        return "yes" if verify(reference, answer, timeout_seconds=None) else "no"
+        # With allow_set_relation_comp, `x < 3` answers `(-\infty, 3)`.
+        return "yes" if verify(reference, answer, timeout_seconds=None, allow_set_relation_comp=True) else "no"
 
     verdict("1/2", r"\frac{1}{2}")  # The first comparison loads modules, which takes time.
     print("ready", file=replies, flush=True)
