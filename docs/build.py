@@ -4,7 +4,7 @@
 
 Each page of prose is a Markdown file in this folder; PAGES lists them in the order of the menu. Every module of the
 package becomes a page of prose beside code, every notebook a page with its outputs, and every metric a page of its own.
-Before that, the generated parts of docs/algorithms.md and docs/commands.md are written again (builder/reference.py).
+Before that, the generated parts of three pages are written again (builder/reference.py).
 """
 
 import json
@@ -33,6 +33,7 @@ PAGES = {
     "Use": {
         "installation": "Installation",
         "commands": "Commands",
+        "rewards": "Rewards and answers",
         "qlora": "A real model on your card",
         "scale": "From this laptop to a cluster",
     },

@@ -1,8 +1,8 @@
-"""The generated parts of two pages: the table of algorithms, and the reference of the command line.
+"""The generated parts of three pages: the table of algorithms, the reference of the command line, and equal answers.
 
 In: the package itself, so that these pages cannot contradict it. Out: Markdown between two HTML comments in
-docs/algorithms.md and docs/commands.md. `python docs/build.py` writes it, and tests/test_site.py checks that the
-committed pages are current.
+docs/algorithms.md, docs/commands.md and docs/rewards.md. `python docs/build.py` writes it, and tests/test_site.py and
+tests/test_answers.py check that the committed pages are current.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
+
+from answer_tables import reward_tables
 
 from minicpgd import ALGORITHMS
 from minicpgd.algorithms import Algorithm
@@ -203,7 +205,11 @@ def _kind(head: str) -> str:
     return " or ".join(filter(None, [", ".join(kinds[:-1]), *kinds[-1:]]))
 
 
-PARTS: dict[str, Callable[[], str]] = {"algorithms": algorithm_table, "commands": command_reference}
+PARTS: dict[str, Callable[[], str]] = {
+    "algorithms": algorithm_table,
+    "commands": command_reference,
+    "rewards": reward_tables,
+}
 
 
 def filled(page: str) -> str:
@@ -212,7 +218,7 @@ def filled(page: str) -> str:
 
 
 def write_reference() -> None:
-    """Write the generated parts of both pages again."""
+    """Write the generated parts of the pages again."""
     for name in PARTS:
         path = DOCS / f"{name}.md"
         path.write_text(filled(path.read_text()))
