@@ -85,10 +85,10 @@ def _is_text(answer: str) -> bool:
     r"""Whether letters are words or codes, as `cat`, `IV`, `New York`, `H2O`, `Room 12`; `x + y` and `2ab` are not."""
     words = [word for word in re.findall(r"[^\W\d_]+", answer) if word.lower() not in FUNCTIONS]
     longest = max(map(len, words), default=0)
-    if _TEXT.fullmatch(answer):
-        return longest > (3 if "-" in answer else 1) or (" " in answer and len(words) > 1 and longest == 1)
     if _FIGURE.fullmatch(answer):
         return True
+    if _TEXT.fullmatch(answer):
+        return longest > (3 if "-" in answer else 1) or (" " in answer and len(words) > 1 and longest == 1)
     if _CODE.fullmatch(answer):
         return bool(words) and words[0] == re.findall(r"[^\W\d_]+", answer)[0]
     match = _LABELLED.fullmatch(answer)
