@@ -93,7 +93,7 @@ class TaskSettings(Settings):
     task: str = "chain_arithmetic"
     """Where problems come from: chain_arithmetic, gsm8k, or jsonl, which is any file with `prompt` and `answer`."""
     data: str | None = None
-    """A local file (.jsonl, .parquet), or a folder with train and test files. None: gsm8k comes from the hub."""
+    """A file (.jsonl, .json, .parquet), or a folder with train and test files. None: gsm8k comes from the hub."""
     instruction: str | None = None
     """Added below each problem. None: the task's own."""
     reward: str | None = None
@@ -116,8 +116,7 @@ class ModelSettings(Settings):
     lora_target_modules: str = "all-linear"
     """Which layers get an adapter: all-linear, or names with commas between them, as q_proj,v_proj."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The dtype of frozen weights and of the arithmetic. Trained weights are always float32. auto: float32 without an
-    adapter or a GPU, else what the card supports."""
+    """The dtype of frozen weights and of the arithmetic. auto: float32 without adapter or GPU, else the card's."""
     attn_implementation: str = "auto"
     """How transformers computes attention: sdpa, flash_attention_2, eager. auto: sdpa where the model supports it."""
     gradient_checkpointing: bool = False

@@ -69,7 +69,12 @@ def record_threads():
 
     def record(model):
         used = []
-        model.get_decoder().register_forward_pre_hook(lambda *_: used.append(torch.get_num_threads()))
+
+        def append_threads(decoder, _):
+            if "forward" not in vars(decoder):  # Else the decoder is asked for its output once more.
+                used.append(torch.get_num_threads())
+
+        model.get_decoder().register_forward_pre_hook(append_threads)
         return used
 
     threads = torch.get_num_threads()

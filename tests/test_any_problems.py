@@ -183,7 +183,6 @@ RETURNED = {
     "nan": [math.nan, 1],
     "complex": [1j, 2],
     "words": ["1", "2"],
-    "nones": [None, None],
     "matrix": torch.ones(2, 2),
     "scalar": torch.ones(()),
     "module": math,

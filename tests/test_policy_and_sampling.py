@@ -181,9 +181,12 @@ def test_micro_batches_by_hand(policy, size, tokens, wanted):
 def record_shapes(model):
     """Return two lists that grow at each forward pass: the shape of the ids, and the number of tokens with logits."""
     shapes, rows = [], []
-    model.get_decoder().register_forward_pre_hook(
-        lambda module, args, keywords: shapes.append(keywords["input_ids"].shape), with_kwargs=True
-    )
+
+    def append_shape(decoder, args, keywords):
+        if "forward" not in vars(decoder):  # Else the decoder is asked for its output once more, without computing it.
+            shapes.append(keywords["input_ids"].shape)
+
+    model.get_decoder().register_forward_pre_hook(append_shape, with_kwargs=True)
     model.get_output_embeddings().register_forward_hook(
         lambda module, hidden, logits: rows.append(logits.numel() // logits.shape[-1])
     )

@@ -389,7 +389,7 @@ def test_the_chat_template(policy):
         "{% for m in messages %}<eos>{{ m.content }}{% endfor %}{% if add_generation_prompt %}#{% endif %}"
     )
     assert policy.encode(["1+2="])[0].tolist() == [[1, *letters, 17]]
-    policy.chat_template = False
+    policy.settings = ModelSettings(chat_template=False)
     assert torch.equal(policy.encode(["1+2="])[0], plain)
 
 

@@ -183,7 +183,7 @@ def test_a_recipe_from_end_to_end(folder, no_network, capsys):
     assert config.load_in_4bit
     card = (folder / "run" / "adapter" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model"] == "my-qwen"
+    assert front["base_model"] == config.model == str(folder / "my-qwen")
     assert front["library_name"] == "peft"
     assert command(config) in card
     assert callable(parse(shlex.split(command(config))[1:]))

@@ -1,12 +1,17 @@
 """One step is taken apart: its generators, its experience, its passes, and the figures of them."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
-from minicpgd import ALGORITHMS
+from minicpgd import ALGORITHMS, load_run, train
 from minicpgd.errors import NonFiniteError
+from minicpgd.models.policy import load_policy
 from minicpgd.plots import token_text
 from minicpgd.plots.objectives import objective_and_weight
+from minicpgd.training import metrics
 from minicpgd.training.step import Learner, seed_step
 
 
@@ -53,12 +58,13 @@ def test_a_pass_uses_every_response_once_in_a_new_order(small, num_minibatches):
     learner = Learner.from_config(small(num_iterations=2, num_minibatches=num_minibatches, learning_rate=1e-3))
     generators = seed_step(0, 1)
     experience = learner.collect(generators)
+    experience = replace(experience, advantages=torch.arange(1.0, 9.0).view(2, 4))  # Without an advantage an update would be skipped.
     norms, update = [], learner.update
 
     def record_norm(*arguments):
-        outputs, norm = update(*arguments)
-        norms.append(norm)
-        return outputs, norm
+        made = update(*arguments)
+        norms.append(made.grad_norm)
+        return made
 
     learner.update = record_norm
     orders = []
@@ -138,3 +144,90 @@ def test_the_weight_of_a_token_by_hand(name, r, A, weight, clipped):
     assert is_clipped.item() == clipped
     if name == "grpo" and not clipped:
         assert objective.item() == pytest.approx(r * A)
+
+
+def state_of(learner):
+    """Copies of all weights, and of the optimizer's moments."""
+    weights = {name: p.detach().clone() for name, p in learner.policy.model.named_parameters()}
+    return weights, copy.deepcopy(learner.optimizer.state_dict()["state"])
+
+
+def equal_states(one, other):
+    same_weights = all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+    values = [(one[1][i][name], other[1][i][name]) for i in one[1] for name in one[1][i]]
+    return same_weights and one[1].keys() == other[1].keys() and all(torch.equal(a, b) for a, b in values)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_update_without_an_advantage_changes_nothing(small, name):
+    """The policy has moved before, so the drift has a gradient and the moments are not 0. Only metrics change."""
+    learner = Learner.from_config(small(algorithm=name, num_iterations=2, learning_rate=1e-3))
+    generators = seed_step(0, 1)
+    experience = learner.collect(generators)
+    moved = replace(experience, advantages=torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
+    learner.train_pass(moved, generators.order)
+    before = state_of(learner)
+    none = replace(experience, advantages=torch.zeros(2, 4))
+    passes = [learner.train_pass(none, generators.order) for _ in range(2)]
+    assert equal_states(before, state_of(learner))
+    values = metrics.step_metrics(none, passes, learner.task, learner.config)
+    assert values["skipped_updates"] == 4
+    assert values["grad_norm"] == 0
+    assert values["kl_old"] > 0
+    learner.train_pass(moved, generators.order)
+    assert not equal_states(before, state_of(learner))
+
+
+def test_only_the_minibatches_without_an_advantage_are_skipped(small):
+    """A response without tokens in the loss has nothing to say, whatever its advantage is."""
+    learner = Learner.from_config(small(num_minibatches=4, mask_truncated_completions=True))
+    experience = learner.collect(seed_step(0, 1))
+    rollout = replace(experience.rollout, truncated=torch.tensor([True, False] * 4))
+    advantages = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.5, -1.0, 0.0]])
+    experience = replace(experience, rollout=rollout, advantages=advantages)
+    before = state_of(learner)
+    for rows, learns in [((0, 1), False), ((2, 3), False), ((4, 6), False), ((4, 5), True)]:
+        update = learner.update(experience, torch.tensor(rows))
+        assert (update.grad_norm is not None) == learns
+        assert equal_states(before, state_of(learner)) != learns
+
+
+@pytest.mark.parametrize(("name", "skipped"), [("grpo", 0), ("cpgd", 0), ("reinforce_pp", 4)])
+def test_a_kl_in_the_loss_is_something_to_learn(small, name, skipped):
+    """With beta in the reward, all advantages would differ; here they are set to 0."""
+    learner = Learner.from_config(small(algorithm=name, beta=0.1, num_iterations=2))
+    generators = seed_step(0, 1)
+    none = replace(learner.collect(generators), advantages=torch.zeros(2, 4))
+    passes = [learner.train_pass(none, generators.order) for _ in range(2)]
+    assert metrics.step_metrics(none, passes, learner.task, learner.config)["skipped_updates"] == skipped
+
+
+@pytest.mark.parametrize(("reward", "skipped"), [("constant", 4), ("alternating", 0)])
+def test_a_run_without_rewards_ends_where_it_began(small, tmp_path, monkeypatch, reward, skipped):
+    (tmp_path / "rewards_here.py").write_text(
+        "def constant(completions, **_):\n    return [1.0] * len(completions)\n"
+        "def alternating(completions, **_):\n    return [float(i % 2) for i in range(len(completions))]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = train(small(reward=f"rewards_here:{reward}", num_iterations=2, eval_steps=1))
+    assert load_run(run).metrics["skipped_updates"][1:].tolist() == [skipped] * 3
+    before, after = (dict(load_policy(m).model.named_parameters()) for m in ("embedded", str(run / "model")))
+    assert all(torch.equal(before[name], after[name]) for name in before) == (skipped == 4)
+
+
+def test_a_reward_function_is_told_the_tokens_and_the_step_and_what_it_logs_is_kept(small, tmp_path, monkeypatch):
+    (tmp_path / "rewards_told.py").write_text(
+        "def told(completions, completion_ids, trainer_state, log_metric, log_extra, **_):\n"
+        "    log_metric('step', trainer_state.global_step)\n"
+        "    log_extra('tokens', [len(ids) for ids in completion_ids])\n"
+        "    log_extra('seen', [object for _ in completions])\n"
+        "    return [None if i % 4 == 0 else float(len(ids)) for i, ids in enumerate(completion_ids)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    _, columns, samples = load_run(train(small(reward="rewards_told:told", logging_steps=1)))
+    assert columns["reward/step"][1:].tolist() == [1, 2, 3]
+    assert [row["reward"] is None for row in samples] == [True, False, False, False] * 3
+    assert [row["advantage"] == 0 for row in samples[::4]] == [True] * 3
+    assert all(row["extra"]["seen"] == "<class 'object'>" for row in samples)
+    assert all(row["reward"] in (None, row["extra"]["tokens"]) for row in samples)
+    assert (columns["reward"][1:] > 1).all()

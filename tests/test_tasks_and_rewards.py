@@ -23,8 +23,8 @@ from minicpgd.tasks import (
     chain_arithmetic,
     describe_data,
     get_task,
-    gsm8k,
     is_solution,
+    jsonl,
     load_reward,
     math_answers,
 )
@@ -72,7 +72,7 @@ def a_new_judge(monkeypatch):
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed {5}", "5"),
         (r"\boxed{\boxed{3}}", "3"),
-        (r"\boxed{4} and \boxed{5", "4"),
+        (r"\boxed{4} and \boxed{5", None),
         (r"} \boxed{4}", "4"),
         (r"\boxed{72} #### 73", "72"),
         (r"\boxed{72", None),
@@ -405,14 +405,14 @@ GOOD = b'{"prompt": "a", "answer": "1"}\n'
         (b'{"question": "b", "answer": "1"}', "a.jsonl, line 1: no 'prompt'; this one has 'question', 'answer'"),
         (b"{}", "a.jsonl, line 1: no 'prompt'; this one has nothing"),
         (GOOD + b'{"prompt": 3, "answer": "1"}', "a.jsonl, line 2: prompt is int; text is needed"),
-        (b'{"prompt": [{"role": "user"}], "answer": 1}', "line 1: prompt is list; text is needed"),
+        (b'{"prompt": [{"role": "user"}], "answer": 1}', "line 1: prompt, message 1: no 'content'"),
         (b'{"prompt": " ", "answer": "1"}', "a.jsonl, line 1: prompt is empty"),
         (b'{"prompt": "\\ud800", "answer": "1"}', r"line 1: prompt holds half a character, .ud800"),
         (b'{"prompt": "a", "answer": ""}', "a.jsonl, line 1: answer is empty"),
         (b'{"prompt": "a", "answer": NaN}', "a.jsonl, line 1: answer is nan; text or a number is needed"),
         (b'{"prompt": "a", "answer": -Infinity}', "line 1: answer is -inf; text or a number"),
         (b'{"prompt": "a", "answer": null}', "line 1: answer is null; text or a number"),
-        (b'{"prompt": "a", "answer": true}', "line 1: answer is True; text or a number"),
+        (b'{"prompt": "a", "answer": {"b": true}}', "line 1: answer is dict; text or a number"),
         (b'{"prompt": "a", "answer": ["1"]}', "line 1: answer is list; text or a number"),
         (b'{"prompt": "a", "answer": 1, "x": 1}\n' + GOOD, "a.jsonl, line 2: no 'x', which .*a.jsonl, line 1 has"),
         (GOOD + b'{"prompt": "a", "answer": 1, "x": 1}', "a.jsonl, line 1: no 'x', which .*a.jsonl, line 2 has"),
@@ -578,7 +578,7 @@ def published(tmp_path):
 
 
 def test_gsm8k_from_the_hub_and_from_a_copy_of_it_are_the_same(published, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gsm8k, "HUB_NAME", str(published))
+    monkeypatch.setattr(jsonl, "HUB_NAME", str(published))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     hub, copy = get_task("gsm8k"), get_task("gsm8k", data=str(published))
     assert capsys.readouterr().err == ""  # tests/conftest.py has called quiet().

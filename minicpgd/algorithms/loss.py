@@ -191,10 +191,10 @@ class LossOutput:
 def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
     r"""Metrics over all tokens of several batches, such as one pass over a rollout.
 
-    `kl_old`: mean k3 of $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$, nats per token. `ratio_min`, `ratio_p01`,
-    `ratio_p99`, `ratio_max`: quantiles of the token ratios. `clip_frac_pos`: the number of clipped tokens with
-    A > 0, divided by the number of all tokens. `clip_frac_neg`: the same for A < 0. `kl_ref`: mean k3 to the reference,
-    if there is one.
+    `kl_old`: mean k3 (Schulman 2020) of $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$, nats per token. `ratio_min`,
+    `ratio_p01`, `ratio_p99`, `ratio_max`: quantiles of the token ratios. `clip_frac_pos`: the number of clipped tokens
+    with A > 0, divided by the number of all tokens. `clip_frac_neg`: the same for A < 0. `kl_ref`: mean k3 to the
+    reference, if there is one.
     """
     # These are float64, because float32 cannot hold exp of a very large log-ratio.
     d = torch.cat([o.log_ratio[o.mask] for o in outputs]).double()

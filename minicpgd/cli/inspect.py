@@ -17,11 +17,7 @@ Base = Literal["full", "dequantised"]
 
 
 @dataclass(frozen=True)
-class Held:
-    """Which model answers which problems."""
-
-    run_or_model: Positional[str] = "embedded"
-    """A finished run's folder, "embedded", a model folder, or a hub name."""
+class _Answers:  # A docstring would be a heading in the help of both commands.
     task: str | None = None
     """By default the run's; jsonl with --data; else chain_arithmetic."""
     data: str | None = None
@@ -35,48 +31,58 @@ class Held:
     seed: int = 0
     """Chooses problems and samples."""
 
-    def model(self) -> str | ModelSettings:
+    def model(self, run_or_model: str) -> str | ModelSettings:
         """The model with its settings; or the run, which has its own."""
         from minicpgd.training.evaluation import is_run
 
-        if not is_run(self.run_or_model):
-            return ModelSettings(self.run_or_model, load_in_4bit=self.load_in_4bit)
+        if not is_run(run_or_model):
+            return ModelSettings(run_or_model, load_in_4bit=self.load_in_4bit)
         if self.load_in_4bit:
-            raise UserError(f"load_in_4bit: {self.run_or_model} is a run, which stores its own setting; leave it out")
-        return self.run_or_model
+            raise UserError(f"load_in_4bit: {run_or_model} is a run, which stores its own setting; leave it out")
+        return run_or_model
 
-    def problems(self) -> TaskSettings:
+    def problems(self, run_or_model: str) -> TaskSettings:
         """The run's task, with the fields that these flags change."""
         from minicpgd.training.evaluation import is_run
 
-        folder = Path(self.run_or_model)
-        of_run = load_config(folder / "config.json") if is_run(folder) else TrainConfig()
+        of_run = load_config(Path(run_or_model, "config.json")) if is_run(run_or_model) else TrainConfig()
         name = self.task or ("jsonl" if self.data and of_run.task == TaskSettings.task else of_run.task)
         settings = of_run.group(TaskSettings) if name == of_run.task else TaskSettings(name)
         return replace(settings, data=self.data or settings.data, reward=self.reward or settings.reward)
 
 
-def evaluate(held: Annotated[Held, OmitArgPrefixes], num_problems: int = 256, num_samples: int = 8) -> None:
+Answers = Annotated[_Answers, OmitArgPrefixes]
+
+
+def evaluate(
+    run_or_model: Positional[str] = "embedded", /, answers: Answers = _Answers(),  # noqa: B008 (frozen)
+    num_problems: int = 256, num_samples: int = 8,
+) -> None:  # fmt: skip
     """Measure a run or a model on held-out problems: greedy and sampled accuracy, pass@k, response length.
 
     Args:
+        run_or_model: a finished run's folder, "embedded", a model folder, or a hub name.
         num_problems: how many held-out problems.
         num_samples: sampled responses per problem.
     """
     from minicpgd.training.evaluation import evaluate as measure
 
     result = measure(
-        held.model(), task=held.problems(), num_problems=num_problems, num_samples=num_samples,
-        max_completion_length=held.max_completion_length, seed=held.seed,
+        answers.model(run_or_model), task=answers.problems(run_or_model), num_problems=num_problems,
+        num_samples=num_samples, max_completion_length=answers.max_completion_length, seed=answers.seed,
     )  # fmt: skip
     for name, value in result.items():
         console.print(f"{name:<18} {value:8.3f}")
 
 
-def sample(held: Annotated[Held, OmitArgPrefixes], num_problems: int = 12, temperature: float = 1.0) -> None:
+def sample(
+    run_or_model: Positional[str] = "embedded", /, answers: Answers = _Answers(),  # noqa: B008 (frozen)
+    num_problems: int = 12, temperature: float = 1.0,
+) -> None:  # fmt: skip
     """Show held-out problems with a sampled response each, right ones green and wrong ones red.
 
     Args:
+        run_or_model: a finished run's folder, "embedded", a model folder, or a hub name.
         num_problems: how many.
         temperature: of the sampling; 0 takes the likeliest token each time.
     """
@@ -84,10 +90,10 @@ def sample(held: Annotated[Held, OmitArgPrefixes], num_problems: int = 12, tempe
     from minicpgd.tasks import call_reward, load_reward, load_task
     from minicpgd.training import open_policy, respond
 
-    policy, config = open_policy(held.model())
-    wanted, seed = held.problems(), held.seed
+    policy, config = open_policy(answers.model(run_or_model))
+    wanted, seed = answers.problems(run_or_model), answers.seed
     task, reward = load_task(wanted), load_reward(wanted.reward) if wanted.reward is not None else None
-    length, batch_size = held.max_completion_length or config.max_completion_length, config.rollout_batch_size
+    length, batch_size = answers.max_completion_length or config.max_completion_length, config.rollout_batch_size
     settings = SamplingSettings(length, temperature or 1.0, rollout_batch_size=batch_size)
     rollout, right = respond(policy, task, num_problems, settings, greedy=temperature == 0, seed=seed)
     problems = task.held_out(num_problems, seed)

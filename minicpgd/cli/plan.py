@@ -86,7 +86,7 @@ def show_plan(config: TrainConfig, recipe: Recipe | None = None) -> None:
     from minicpgd.tasks import describe_data, load_reward
     from minicpgd.training.run_folder import refuse_existing, resolved
 
-    config = replace(resolved(config), adapter=None)  # A new adapter of the same rank needs the same memory.
+    config = replace(config, adapter=None, lora_r=resolved(config).lora_r)  # A new adapter needs the same memory.
     refuse_existing(config.folder)
     reward = config.reward or "the task's own"
     try:

@@ -36,8 +36,8 @@ from minicpgd.models.lora import (
     set_4bit_dtype,
 )
 from minicpgd.models.precision import checkpoint_layers, choose_dtype, disable_dropout
+from minicpgd.tasks.data_files import Prompt
 
-Prompt = str | list[dict[str, str]]  # a text, or a conversation: messages with `role` and `content`
 EMBEDDED = Path(__file__).parent / "embedded"
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # how a chat template asks for today's date
 NO_CODE = {"trust_remote_code": False}  # With None, transformers would ask on the terminal about a model's own code.

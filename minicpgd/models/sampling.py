@@ -19,8 +19,9 @@ from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLo
 from minicpgd.config import SamplingSettings
 from minicpgd.errors import NonFiniteError, UserError, describe_error, is_out_of_memory
 from minicpgd.models.logprobs import logp_and_entropy, position_ids, token_logprobs
-from minicpgd.models.policy import Policy, Prompt
+from minicpgd.models.policy import Policy
 from minicpgd.models.precision import one_thread_if_small
+from minicpgd.tasks.data_files import Prompt
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Rollout:
     logp: Tensor  # (B, T), log-probabilities under the policy that sampled, nats; 0 at padding
     entropy: Tensor  # (B, T), of the distribution sampled from, nats; 0 at padding
     completions: list[str]  # B texts
+
+    def token_ids(self) -> list[list[int]]:
+        """The ids of each response, without padding."""
+        return [row[:n] for row, n in zip(self.completion_ids.tolist(), self.lengths.tolist(), strict=True)]
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
         """Some rows as `token_logprobs` takes them: ids and mask (b, p + t), and t, cut to the longest of these."""

@@ -1,4 +1,4 @@
-"""Your own problems: a file or folder of rows with `prompt` and `answer`.
+r"""Your own problems: a file or folder of rows with `prompt` and `answer`. And GSM8K, which has other columns.
 
     {"prompt": "What is 3/4 of 12?", "answer": "9"}
 
@@ -7,18 +7,24 @@ A prompt may also be a list of messages, as in TRL: [{"role": "user", "content":
 A response is right if the answer that it states (`minicpgd.tasks.answers.stated_answer`) has the same value.
 
 In: the path of the data. Out: training and held-out problems as dataset rows. You may subclass `Jsonl` for a dataset
-with other columns, as `gsm8k.py` does.
+with other columns, as `Gsm8k` does.
 """
 
 import json
 import random
 from typing import Any
 
+from huggingface_hub.utils import are_progress_bars_disabled
+
 from minicpgd.errors import UserError
-from minicpgd.tasks.answers import is_solution, need_math_verify
+from minicpgd.tasks.answers import is_solution, need_math_verify, plain, reference_answer
 from minicpgd.tasks.chain_arithmetic import is_held_out
-from minicpgd.tasks.data_files import Prompt, find_files, read_files
+from minicpgd.tasks.data_files import Prompt, checked, find_files, read_files
 from minicpgd.tasks.rewards import mathematical
+
+HUB_NAME = "openai/gsm8k"
+COMMAND = "hf download openai/gsm8k --repo-type dataset --local-dir gsm8k"
+COLUMNS = {"prompt": "question", "answer": "answer"}
 
 Rows = list[dict[str, Any]]  # row["prompt"] is a `Prompt`, row["answer"] is text.
 
@@ -113,3 +119,48 @@ def add_instruction(prompt: Prompt, instruction: str) -> Prompt:
     last = max(number for number, message in enumerate(prompt) if message["role"] == "user")
     longer = prompt[last] | {"content": f"{prompt[last]['content']}\n\n{instruction}"}
     return [*prompt[:last], longer, *prompt[last + 1 :]]
+
+
+class Gsm8k(Jsonl):
+    r"""GSM8K: 8,792 word problems of grade school (Cobbe et al., arXiv 2110.14168), 1,319 of them held out.
+
+    A row has a `question`, and an `answer` that ends in `#### 72`. With a local copy as `data` it needs no network.
+
+    Raises:
+        UserError: the hub does not give it, or `data` is not GSM8K.
+    """
+
+    instruction = r"Reason step by step, and put the final answer in \boxed{}."
+
+    @staticmethod
+    def source(data: str | None) -> str:
+        """The names of the files, or the name on the hub."""
+        return f"{HUB_NAME} from the hub, its train and test splits" if data is None else Jsonl.source(data)
+
+    def _load(self, data: str | None) -> tuple[Rows, Rows]:
+        train, test = _from_hub() if data is None else read_and_split(data, **COLUMNS)
+        return _numbers_alone(train), _numbers_alone(test)
+
+
+def _numbers_alone(rows: Rows) -> Rows:
+    return [row | {"answer": plain(reference_answer(row["answer"]))} for row in rows]
+
+
+def _from_hub() -> tuple[Rows, Rows]:
+    """Download it, or take it from the cache of `datasets`."""
+    elsewhere = f"where there is a network, `{COMMAND}`; then --data gsm8k"
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"gsm8k from the hub needs datasets: pip install 'minicpgd[data]'; or, {elsewhere}") from error
+    if are_progress_bars_disabled():  # A program that disables them draws its own.
+        datasets.disable_progress_bars()
+    try:
+        splits: Any = datasets.load_dataset(HUB_NAME, "main")
+    except Exception as error:  # Five libraries raise their own errors for a missing network, disk or cache.
+        raise UserError(f"{HUB_NAME} cannot be had from the hub ({type(error).__name__}): {elsewhere}") from error
+    train, test = (
+        checked(((f"{HUB_NAME}, {split} {i}", row) for i, row in enumerate(splits[split])), HUB_NAME, **COLUMNS)
+        for split in ("train", "test")
+    )
+    return without(train, test, HUB_NAME), test

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 from minicpgd.config import TaskSettings
 from minicpgd.errors import ConfigError
 from minicpgd.tasks.chain_arithmetic import ChainArithmetic
-from minicpgd.tasks.gsm8k import Gsm8k
-from minicpgd.tasks.jsonl import Jsonl, Rows
+from minicpgd.tasks.jsonl import Gsm8k, Jsonl, Rows
 from minicpgd.tasks.rewards import RewardFunction
 
 

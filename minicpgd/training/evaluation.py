@@ -17,7 +17,7 @@ import torch
 from minicpgd.config import MAX_TOKENS, SEEDS, ModelSettings, SamplingSettings, TaskSettings, TrainConfig, load_config
 from minicpgd.errors import Range, UserError
 from minicpgd.models.policy import Policy, load_policy
-from minicpgd.models.sampling import Rollout, generate
+from minicpgd.models.sampling import Rollout, check_sampler, generate
 from minicpgd.tasks import Task, call_reward, load_reward, load_task
 from minicpgd.training.metrics import mean_of_numbers
 from minicpgd.training.run_folder import resume_command
@@ -82,12 +82,15 @@ def open_policy(run_or_model: str | Path | ModelSettings) -> tuple[Policy, Train
     """The policy of a finished run, with the run's config; or a model, with the default config.
 
     Raises:
-        UserError: there is no such model, or the run has not finished.
+        UserError: there is no such model, it cannot be sampled from, or the run has not finished.
     """
     if isinstance(run_or_model, ModelSettings) or not is_run(run_or_model):
         model = run_or_model if isinstance(run_or_model, ModelSettings) else ModelSettings(str(run_or_model))
         batch_size = None if model.model == ModelSettings.model else 64  # Only the embedded model is known to be small.
-        return load_policy(model), TrainConfig(rollout_batch_size=batch_size)
+        policy = load_policy(model)
+        if batch_size:
+            check_sampler(policy, ["1+1=", "What is 2 * 3?"], SamplingSettings())
+        return policy, TrainConfig(rollout_batch_size=batch_size)
     folder = Path(run_or_model)
     config = load_config(folder / "config.json")
     trained = folder / config.weights_folder

@@ -8,8 +8,8 @@ import math
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,19 +18,21 @@ from torch import Tensor
 from minicpgd.algorithms import LossOutput, k3, token_metrics
 from minicpgd.config import TrainConfig
 from minicpgd.models.sampling import Rollout
-from minicpgd.tasks import Task
+from minicpgd.tasks.rewards import RewardContext
+from minicpgd.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Experience:
     """One rollout with everything that its updates need. The G responses to one prompt stand together."""
 
-    problems: list[dict[str, str]]  # B = N * G
+    problems: list[dict[str, Any]]  # B = N * G
     rollout: Rollout
     rewards: Tensor  # (N, G)
     advantages: Tensor  # (N, G)
     drift_coef: float  # of this rollout
     ref_logp: Tensor | None  # (B, T) under the reference policy, nats, if there is one
+    context: RewardContext = field(default_factory=RewardContext)  # what the reward function has logged
 
 
 class Update(NamedTuple):
@@ -66,7 +68,10 @@ class StepLog(NamedTuple):
 
 def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, config: TrainConfig) -> dict[str, float]:
     """All metrics of a step. Ratios, KL and shares of clipped tokens are those of the last pass."""
-    rollout, rewards = experience.rollout, experience.rewards
+    rollout = experience.rollout
+    # A response without a reward counts as the mean of its group.
+    means = experience.rewards.nanmean(dim=1, keepdim=True).nan_to_num()
+    rewards = torch.where(experience.rewards.isnan(), means, experience.rewards)
     deviation = rewards.std(dim=1, correction=min(1, rewards.shape[1] - 1))
     responses = zip(experience.problems, rollout.completions, strict=True)
     metrics = {
@@ -88,7 +93,7 @@ def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, con
     }
     if experience.ref_logp is not None:  # If beta acts in the loss, token_metrics has added kl_ref.
         metrics.setdefault("kl_ref", k3((experience.ref_logp - rollout.logp)[rollout.mask]).mean().item())
-    return metrics
+    return metrics | {f"reward/{name}": mean_of_numbers(logged) for name, logged in experience.context.metrics.items()}
 
 
 def mean_of_numbers(values: Sequence[float]) -> float:
@@ -125,13 +130,16 @@ def peak_memory() -> int:
 
 
 def sample_rows(step: int, experience: Experience) -> list[dict]:
-    """The responses to the first prompt, as rows of samples.jsonl."""
-    rewards, advantages = experience.rewards.flatten().tolist(), experience.advantages.flatten().tolist()
-    columns = (experience.problems, experience.rollout.completions, rewards, advantages)
-    return [
-        {"step": step, "prompt": problem["prompt"], "completion": text, "reward": reward, "advantage": advantage}
-        for problem, text, reward, advantage in zip(*columns, strict=True)
-    ][: experience.rewards.shape[1]]
+    """The responses to the first prompt, as rows of samples.jsonl, with what the reward function logged of them."""
+    rows: list[dict[str, Any]] = [
+        {"step": step, "prompt": experience.problems[i]["prompt"], "completion": experience.rollout.completions[i],
+         "reward": None if math.isnan(reward) else reward, "advantage": experience.advantages[0, i].item()}
+        for i, reward in enumerate(experience.rewards[0].tolist())
+    ]  # fmt: skip
+    for name, values in experience.context.extra.items():
+        for row, value in zip(rows, values, strict=False):
+            row.setdefault("extra", {})[name] = value
+    return rows
 
 
 def pass_rows(step: int, passes: Sequence[Pass]) -> list[dict]:

@@ -229,7 +229,7 @@ class RunFolder:
         logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
         for path, rows in zip(paths, logs, strict=True):
             text = "".join(map(_line, rows))
-            write_atomically(path, functools.partial(Path.write_bytes, data=text.encode()))
+            write_atomically(path, functools.partial(Path.write_bytes, data=text.encode(errors="replace")))
         return sorted(set(range(step + 1)) - {row["step"] for row in logs[0]})
 
     def append_step(self, step: int, log: StepLog) -> None:
@@ -242,10 +242,10 @@ class RunFolder:
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Add lines to a log, and force them to disk."""
         with (self.folder / f"{name}.jsonl").open("ab") as file:
-            file.write("".join(map(_line, rows)).encode())
+            file.write("".join(map(_line, rows)).encode(errors="replace"))
             file.flush()
             os.fsync(file.fileno())
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False, default=short_repr) + "\n"  # A reward function may log any value.

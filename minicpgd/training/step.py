@@ -26,7 +26,7 @@ from minicpgd.models.logprobs import token_logprobs
 from minicpgd.models.policy import Policy, load_policy
 from minicpgd.models.precision import LOSS_SCALE, make_optimizer, one_thread_if_small
 from minicpgd.models.sampling import Rollout, generate
-from minicpgd.tasks.rewards import RewardFunction, call_reward, load_reward
+from minicpgd.tasks.rewards import RewardContext, RewardFunction, TrainerState, call_reward, load_reward
 from minicpgd.tasks.task import Task, load_task
 from minicpgd.training import metrics
 from minicpgd.training.evaluation import respond
@@ -39,6 +39,7 @@ class Generators(NamedTuple):
     problems: random.Random
     tokens: torch.Generator
     order: torch.Generator
+    step: int = 0  # A reward function is told it.
 
 
 def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Generators:
@@ -46,7 +47,7 @@ def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Gener
     words = [int(word) for word in np.random.SeedSequence([seed, step]).generate_state(4)]
     torch.manual_seed(words[3])  # Dropout (disable_dropout=False) draws from the global generator.
     tokens = torch.Generator(device).manual_seed(words[1])
-    return Generators(random.Random(words[0]), tokens, torch.Generator().manual_seed(words[2]))
+    return Generators(random.Random(words[0]), tokens, torch.Generator().manual_seed(words[2]), step)
 
 
 @dataclass
@@ -85,7 +86,8 @@ class Learner:
             rollout = replace(rollout, logp=self.score(rollout))
 
         # Reward each response. Some rows penalise the KL to the reference in the reward.
-        values = call_reward(self.reward, problems, rollout.completions)
+        context = RewardContext(rollout.token_ids(), TrainerState(generators.step, config.max_steps))
+        values = call_reward(self.reward, problems, rollout.completions, context=context)
         rewards = torch.tensor(values, device=self.policy.device).view(shape)
         penalty, ref_logp = torch.zeros_like(rewards), None
         if config.beta > 0:
@@ -98,7 +100,7 @@ class Learner:
         advantages = self.algorithm.advantages(rewards - penalty, rollout.lengths.view(shape))
         is_auto = config.drift_coef == "auto"
         drift_coef = auto_drift_coef(advantages, previous=self.drift_coef) if is_auto else self.drift_coef
-        return Experience(problems, rollout, rewards, advantages, drift_coef, ref_logp)
+        return Experience(problems, rollout, rewards, advantages, drift_coef, ref_logp, context)
 
     def step(self, step: int) -> StepLog:
         """Collect one rollout, make K updates on it, and log what happened."""
@@ -182,7 +184,8 @@ class Learner:
         """Answer the held-out problems: the responses, which of them are right, and their rewards."""
         rollout, right = respond(self.policy, self.task, self.config.eval_problems, self.config, greedy=greedy)
         problems = self.task.held_out(self.config.eval_problems)
-        return rollout, right, call_reward(self.reward, problems, rollout.completions)
+        context = RewardContext(rollout.token_ids(), TrainerState(step, self.config.max_steps))
+        return rollout, right, call_reward(self.reward, problems, rollout.completions, context=context)
 
     def score(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
         r"""(B, T) log-probabilities of a rollout's tokens, nats, 0 at padding: under $\pi_\theta$, or another model."""
