@@ -58,7 +58,9 @@ def test_a_pass_uses_every_response_once_in_a_new_order(small, num_minibatches):
     learner = Learner.from_config(small(num_iterations=2, num_minibatches=num_minibatches, learning_rate=1e-3))
     generators = seed_step(0, 1)
     experience = learner.collect(generators)
-    experience = replace(experience, advantages=torch.arange(1.0, 9.0).view(2, 4))  # Without an advantage an update would be skipped.
+    experience = replace(
+        experience, advantages=torch.arange(1.0, 9.0).view(2, 4)
+    )  # Without an advantage an update would be skipped.
     norms, update = [], learner.update
 
     def record_norm(*arguments):
