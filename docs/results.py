@@ -165,7 +165,7 @@ def faults() -> pd.DataFrame:
     for fault, cases in [*table.groupby("fault"), ("**all**", table)]:
         counts = (len(cases), (cases["lost"] > 0).sum(), cases["wrong"].notna().sum(), cases["shown"].notna().sum())
         seconds = f"{cases['seconds'].median():.1f}; {cases['seconds'].max():.1f}"
-        names = ("struck", "lost steps", "resumed wrongly", "cells badly")
+        names = ("struck", "lost steps", "resumed wrongly", "told badly")
         idle = int((cases["code"] == 0).sum())
         cells = {"fault": fault, **dict(zip(names, counts, strict=True)), "without effect": idle}
         rows.append(cells | {"s until the process ended: median; longest": seconds})

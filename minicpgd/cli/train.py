@@ -59,7 +59,8 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
 
         def on_load(policy: Policy) -> None:
             if policy.peft:
-                console.print(f"{config.model} on {policy.device}, {policy.dtype_in_words}")
+                weights = "4-bit weights, arithmetic in " if config.load_in_4bit else ""
+                console.print(f"{config.model} on {policy.device}, {weights}{policy.dtype_in_words}")
 
         callbacks = training.Callbacks(
             on_load=on_load,

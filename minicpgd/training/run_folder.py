@@ -151,8 +151,10 @@ def refuse_existing(folder: Path) -> None:
         ConfigError: the run's folder exists already.
     """
     if folder.exists():
-        hint = f"continue it with {resume_command(folder)}, or choose another"
-        raise ConfigError(f"output_dir = {str(folder)!r} exists already: {hint}")
+        is_finished = (folder / "model").is_dir() or (folder / "adapter").is_dir()
+        more = " --max-steps N`, which adds steps" if is_finished else "`"
+        hint = f"continue it with {resume_command(folder)[:-1]}{more} (in Python, resume=True)"
+        raise ConfigError(f"output_dir = {str(folder)!r} exists already: choose another --output-dir, or {hint}")
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,8 @@ class RunFolder:
         if changed:
             changes = "; ".join(changed)
             raise ConfigError(f"cannot resume {folder} with other settings: {changes} (only max_steps may grow)")
-        if config != stored:
-            write_atomically(folder / "config.json", config.save)
+        if config.max_steps != stored.max_steps:
+            write_atomically(folder / "config.json", replace(stored, max_steps=config.max_steps).save)
         return cls(folder, config)
 
     @property
