@@ -54,14 +54,18 @@ MODULES = {"functools", "hashlib", "json", "math", "nn", "os", "torch"}
 TABLE_TESTS = "test_readme_and_results.py::test_the_page_of_algorithms_has_every_row_of_the_table test_advantages.py"
 TESTS = {  # The quick tests come first, because the first failure ends the tests of a mutant.
     "algorithms/divergence": "test_divergence.py",
-    "algorithms/advantages": "test_advantages.py",
+    "algorithms/advantages": "test_advantages.py test_reward_contract.py -k 'not trl and not TRL'",
     "algorithms/surrogates": "test_gradients.py",
     "algorithms/aggregation": "test_gradients.py",
     "algorithms/loss": f"{TABLE_TESTS} test_gradients.py",
     "algorithms/table": f"{TABLE_TESTS} test_gradients.py",
-    "models/logprobs": "test_policy_and_sampling.py -k 'not chunks_keep and not fresh_interpreter'",
+    "models/logprobs": "test_other_models.py::test_scores_and_gradients_are_those_of_the_models_own_logits "
+    "test_other_models.py::test_the_number_of_positions test_policy_and_sampling.py "
+    "test_other_models.py::test_what_is_scored_is_what_was_sampled -k 'not chunks_keep and not fresh_interpreter'",
     "models/sampling": "test_qlora.py::test_micro_batches_fit_and_change_no_gradient "
     "test_qlora.py::test_responses_generated_in_parts test_policy_and_sampling.py test_step.py "
+    "test_other_models.py::test_a_scorer_that_disagrees_with_the_sampler_is_refused "
+    "test_other_models.py::test_a_model_that_cannot_be_sampled_is_refused_before_its_folder_is_made "
     "-k 'not chunk and not fresh_interpreter'",
     "training/checkpoint": "test_resume.py::test_a_checkpoint_gives_back_what_it_was_given "
     "test_resume.py::test_a_checkpoint_whose_file_was_written_again_is_whole_only_if_it_says_the_same "
