@@ -54,7 +54,7 @@ MODULES = {"functools", "hashlib", "json", "math", "nn", "os", "torch"}
 TABLE_TESTS = "test_readme_and_results.py::test_the_page_of_algorithms_has_every_row_of_the_table test_advantages.py"
 TESTS = {  # The quick tests come first, because the first failure ends the tests of a mutant.
     "algorithms/divergence": "test_divergence.py",
-    "algorithms/advantages": "test_advantages.py test_reward_contract.py -k 'not trl and not TRL'",
+    "algorithms/advantages": "test_advantages.py",
     "algorithms/surrogates": "test_gradients.py",
     "algorithms/aggregation": "test_gradients.py",
     "algorithms/loss": f"{TABLE_TESTS} test_gradients.py",

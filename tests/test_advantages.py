@@ -1,5 +1,6 @@
 """Advantages are tested by hand and by brute force."""
 
+import math
 import statistics
 
 import pytest
@@ -160,3 +161,41 @@ def test_auto_drift_coef():
     assert isinstance(auto_drift_coef(torch.ones(4)), float)
     assert auto_drift_coef(torch.zeros(4), previous=0.7) == 0.7
     assert auto_drift_coef(torch.zeros(4)) == 1.0
+
+
+def test_a_response_without_a_reward_is_not_in_the_baseline():
+    rewards = torch.tensor(
+        [
+            [1, math.nan, 0, 0.5, math.nan],
+            [math.nan] * 5,
+            [math.nan, 3, math.nan, math.nan, math.nan],
+            [0.1, math.nan, 0.1, 0.1, 0.1],
+        ]
+    )
+    centred = ALGORITHMS["dr_grpo"].advantages(rewards, torch.ones(4, 5))
+    assert centred.tolist() == [[0.5, 0, -0.5, 0, 0], *[[0] * 5] * 3]
+    normalised = ALGORITHMS["cpgd"].advantages(rewards, torch.ones(4, 5))  # The deviation of 1, 0 and 0.5 is 0.5.
+    assert normalised[0].tolist() == pytest.approx([0.5 / 0.5001, 0, -0.5 / 0.5001, 0, 0])
+    without_others = ALGORITHMS["rloo"].advantages(rewards, torch.ones(4, 5))
+    assert without_others[0].tolist() == pytest.approx([0.75, 0, -0.75, 0, 0])
+    assert not normalised[1:].any()
+    assert not without_others[1:].any()
+    filtered = ALGORITHMS["cpgd"].advantages(rewards, torch.ones(4, 5), advantage_weight="clip_filter")
+    assert filtered[0].tolist() == pytest.approx([1.5, 0, -1.5, 0, 0])  # One of four prompts has a gradient.
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("weight", [None, *WEIGHTS])
+def test_a_response_without_a_reward_changes_no_other_advantage(name, weight):
+    generator = torch.Generator().manual_seed(0)
+    rewards = 5 + torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    tokens = torch.randint(1, 9, (3, 6), generator=generator)
+    kept = torch.tensor([[0, 1, 3, 5], [1, 2, 3, 4], [2, 3, 4, 5]])
+    without = torch.full_like(rewards, math.nan).scatter(1, kept, rewards.gather(1, kept))
+    advantages = ALGORITHMS[name].advantages(without, tokens, advantage_weight=weight)
+    alone = ALGORITHMS[name].advantages(rewards.gather(1, kept), tokens.gather(1, kept), advantage_weight=weight)
+    torch.testing.assert_close(advantages.gather(1, kept), alone, rtol=1e-12, atol=0)
+    assert (advantages[without.isnan()] == 0).all()
+    assert (
+        not ALGORITHMS[name].advantages(torch.full((2, 3), math.nan), torch.ones(2, 3), advantage_weight=weight).any()
+    )

@@ -17,8 +17,6 @@ import pytest
 import torch
 import transformers
 
-from minicpgd import ALGORITHMS
-from minicpgd.algorithms.advantages import WEIGHTS
 from minicpgd.errors import UserError
 from minicpgd.models import EMBEDDED
 from minicpgd.tasks.reward_call import response_text
@@ -365,40 +363,6 @@ def test_only_none_means_that_a_function_does_not_judge(reward, part):
     for rows in (AS_TEXT, AS_MESSAGES):
         with pytest.raises(UserError, match=rf"^reward function {name} returned .* for '.*boxed.0\.5.*a finite number"):
             call_reward(function, rows, TEXTS)
-
-
-# Advantages ----------------------------------------------------------------------------------------------------------
-
-NAN = math.nan
-
-
-def test_the_baseline_is_that_of_the_others():
-    rewards = torch.tensor([[1, NAN, 0, 0.5, NAN], [NAN] * 5, [NAN, 3, NAN, NAN, NAN], [0.1, NAN, 0.1, 0.1, 0.1]])
-    centred = ALGORITHMS["dr_grpo"].advantages(rewards, torch.ones(4, 5))
-    assert centred.tolist() == [[0.5, 0, -0.5, 0, 0], *[[0] * 5] * 3]
-    normalised = ALGORITHMS["cpgd"].advantages(rewards, torch.ones(4, 5))  # The deviation of 1, 0 and 0.5 is 0.5.
-    assert normalised[0].tolist() == pytest.approx([0.5 / 0.5001, 0, -0.5 / 0.5001, 0, 0])
-    without_others = ALGORITHMS["rloo"].advantages(rewards, torch.ones(4, 5))
-    assert without_others[0].tolist() == pytest.approx([0.75, 0, -0.75, 0, 0])
-    assert not normalised[1:].any()
-    assert not without_others[1:].any()
-    filtered = ALGORITHMS["cpgd"].advantages(rewards, torch.ones(4, 5), advantage_weight="clip_filter")
-    assert filtered[0].tolist() == pytest.approx([1.5, 0, -1.5, 0, 0])  # One of four prompts has a gradient.
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("weight", [None, *WEIGHTS])
-def test_the_other_advantages_are_those_without_the_response(name, weight):
-    generator = torch.Generator().manual_seed(0)
-    rewards = 5 + torch.randn(3, 6, dtype=torch.float64, generator=generator)
-    tokens = torch.randint(1, 9, (3, 6), generator=generator)
-    kept = torch.tensor([[0, 1, 3, 5], [1, 2, 3, 4], [2, 3, 4, 5]])
-    without = torch.full_like(rewards, NAN).scatter(1, kept, rewards.gather(1, kept))
-    advantages = ALGORITHMS[name].advantages(without, tokens, advantage_weight=weight)
-    alone = ALGORITHMS[name].advantages(rewards.gather(1, kept), tokens.gather(1, kept), advantage_weight=weight)
-    torch.testing.assert_close(advantages.gather(1, kept), alone, rtol=1e-12, atol=0)
-    assert (advantages[without.isnan()] == 0).all()
-    assert not ALGORITHMS[name].advantages(torch.full((2, 3), NAN), torch.ones(2, 3), advantage_weight=weight).any()
 
 
 # From the command line -----------------------------------------------------------------------------------------------
