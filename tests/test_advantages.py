@@ -186,16 +186,20 @@ def test_a_response_without_a_reward_is_not_in_the_baseline():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("weight", [None, *WEIGHTS])
-def test_a_response_without_a_reward_changes_no_other_advantage(name, weight):
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("kept", [[[0, 1, 3, 5], [1, 2, 3, 4], [2, 3, 4, 5]], [[0, 5], [1, 2], [3, 4]]])
+def test_a_response_without_a_reward_changes_no_other_advantage(name, weight, kept):
+    generator, kept = torch.Generator().manual_seed(0), torch.tensor(kept)
     rewards = 5 + torch.randn(3, 6, dtype=torch.float64, generator=generator)
     tokens = torch.randint(1, 9, (3, 6), generator=generator)
-    kept = torch.tensor([[0, 1, 3, 5], [1, 2, 3, 4], [2, 3, 4, 5]])
     without = torch.full_like(rewards, math.nan).scatter(1, kept, rewards.gather(1, kept))
     advantages = ALGORITHMS[name].advantages(without, tokens, advantage_weight=weight)
     alone = ALGORITHMS[name].advantages(rewards.gather(1, kept), tokens.gather(1, kept), advantage_weight=weight)
     torch.testing.assert_close(advantages.gather(1, kept), alone, rtol=1e-12, atol=0)
     assert (advantages[without.isnan()] == 0).all()
-    assert (
-        not ALGORITHMS[name].advantages(torch.full((2, 3), math.nan), torch.ones(2, 3), advantage_weight=weight).any()
-    )
+    none = ALGORITHMS[name].advantages(torch.full((2, 3), math.nan), torch.ones(2, 3), advantage_weight=weight)
+    assert not none.any()
+    if weight != "clip_filter":  # It counts a prompt without any reward.
+        more, more_tokens = torch.cat([without, torch.full_like(without, math.nan)]), torch.cat([tokens, tokens])
+        larger = ALGORITHMS[name].advantages(more, more_tokens, advantage_weight=weight)
+        torch.testing.assert_close(larger[:3], advantages, rtol=1e-12, atol=0)
+        assert not larger[3:].any()

@@ -306,9 +306,7 @@ def test_training_starts_from_a_saved_adapter(small, tmp_path):
 
 def test_an_adapter_folder_as_a_model_is_told_as_one(small, tmp_path):
     run = train(small(lora_r=4))
-    with pytest.raises(
-        UserError, match=r"it is an adapter; start from it with --model \S+embedded --adapter \S+adapter"
-    ):
+    with pytest.raises(UserError, match=r"an adapter; use --model \S+embedded --adapter \S+adapter"):
         load_policy(str(run / "adapter"))
     for name, line in {"model": "no readable adapter_config.json", "none": "no readable adapter_config.json"}.items():
         with pytest.raises(UserError, match=line):

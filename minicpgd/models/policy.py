@@ -7,6 +7,7 @@ which turns text into token ids. Everything else in the package sees token ids.
 import copy
 import logging as python_logging
 import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -262,8 +263,8 @@ def check_model_folder(source: str, name: str) -> None:
     """
     folder = Path(source)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = adapter_config(source).get("base_model_name_or_path", "its base")
-        raise UserError(f"model = {name!r}: it is an adapter; start from it with --model {base} --adapter {name}")
+        base = str(adapter_config(source).get("base_model_name_or_path", "BASE"))
+        raise UserError(f"model = {name!r}: an adapter; use {shlex.join(['--model', base, '--adapter', name])}")
     if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
         raise UserError(f"model = {name!r}: there is no such folder")  # Do not ask a hub for a mistyped path.
     for pattern, content in (("config.json", "config"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
