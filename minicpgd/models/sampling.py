@@ -1,8 +1,8 @@
 r"""Sampling: prompts go in, G responses to each come out, with the log-probabilities that an update needs.
 
 Sampling is written out here because the ratio depends on it being exactly $\pi_{old}$. The log-probabilities kept are
-those of the distribution that the tokens were drawn from, at the same temperature. (`generate` of transformers keeps
-only the 50 likeliest tokens, unless it is told otherwise.)
+those of the policy's whole distribution, at the temperature that the tokens were drawn with. (`generate` of
+transformers keeps only the 50 likeliest tokens, unless it is told otherwise.)
 
 In: a policy, prompts, `SamplingSettings`. Out: a `Rollout` of B = N * G responses.
 """

@@ -53,7 +53,7 @@ def answer_text(answer: Any) -> str:
 
 
 def exact_answer(prompts: Sequence, completions: Sequence, answer: Sequence, **_: Any) -> list[float]:
-    """The reward of chain_arithmetic: 1.0 where `final_answer` is exactly the answer; else 0.0."""
+    """The reward of chain_arithmetic: 1.0 where the text after the only `#` is exactly the answer; else 0.0."""
     stated = [final_answer(response_text(completion)) for completion in completions]
     return [float(s == answer_text(a)) for s, a in zip(stated, answer, strict=True)]
 
