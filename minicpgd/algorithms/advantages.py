@@ -15,7 +15,7 @@ The centre says what the reward is compared with. The weight $w(x)$ says how muc
 |---|---|
 | `equal` | 1 |
 | `inverse_std` | $1 / (\sigma + 10^{-4})$, where $\sigma$ is the group's deviation (GRPO, 2402.03300; our row cpgd) |
-| `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, or 0 without such prompts (CPGD's choice, 2505.12504) |
+| `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, 0 without such prompts (CPGD's choice, 2505.12504) |
 
 $\sigma$ has G - 1 in its denominator. If all rewards of a group are equal, their computed mean can have a rounding
 error, and the division by $\sigma$ would enlarge it. The code first subtracts the first reward: then 0 is exact.
