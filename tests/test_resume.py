@@ -226,7 +226,7 @@ def test_a_missing_line_of_the_log_is_a_warning(small):
     warnings = []
     train(small(max_steps=4, save_steps=2), resume=True, callbacks=Callbacks(on_warning=warnings.append))
     assert len(warnings) == 1
-    assert "metrics.jsonl: the line of step 1 is missing (2 in all)" in warnings[0]
+    assert "metrics.jsonl: lines are missing: 2; the first is that of step 1" in warnings[0]
     assert load_run(folder).metrics["step"].tolist() == [0, 3, 4]
 
 

@@ -18,7 +18,8 @@ The centre says what the reward is compared with. The weight $w(x)$ says how muc
 | `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, 0 without such prompts (CPGD's choice, 2505.12504) |
 
 $\sigma$ has G - 1 in its denominator. If all rewards of a group are equal, their computed mean can have a rounding
-error, and the division by $\sigma$ would enlarge it. The code first subtracts the first reward: then 0 is exact.
+error, and the division by $\sigma$ would enlarge it. So the code first subtracts the group's first reward from all
+rewards of the group. Equal rewards then become exactly 0.
 
 A response that no reward function judges has the reward NaN. Its advantage is 0, as in TRL. The other responses have
 the advantages that they would have without it (`of_scored`, ours).
@@ -84,9 +85,10 @@ WEIGHTS: dict[str, Weight] = {"equal": equal, "std": inverse_std, "clip_filter":
 def of_scored(centre: Centre, weight: Weight, rewards: Tensor, lengths: Tensor) -> Tensor:
     r"""The advantages of the responses that have a reward, as if there were no others. The advantage of a NaN is 0.
 
-    Let n rewards of a group be numbers, with mean $\mu$. In place of NaN the centre sees $\mu$, at a length of 0
-    tokens, so the means and variances stay those of the n. The weight sees $\sqrt{(G-1)/(n-1)}\,(R - \mu)$, so
-    $\sigma$ is that of the n, too. `clip_filter` counts a prompt without any reward in N.
+    Suppose that n of a group's G rewards are not NaN, and that their mean is $\mu$. The centre gets $\mu$ in place of
+    each NaN, with a length of 0 tokens. So means and variances are those of the n rewards. The weight gets
+    $\sqrt{(G-1)/(n-1)}\,(R - \mu)$, so $\sigma$ is that of the n rewards, too. In `clip_filter`, a prompt without any
+    reward still counts as one of the N prompts.
     """
     scored, others = ~rewards.isnan(), rewards.shape[1] - 1
     count = scored.sum(dim=1, keepdim=True).to(rewards)

@@ -31,7 +31,7 @@ def k1(log_ratio: Tensor) -> Tensor:
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    r"""$e^2/2$: never negative; its bias has only powers from $e^3$ on (Schulman 2020)."""
+    r"""$e^2/2$: never negative; its bias has only terms of third and higher order (Schulman 2020)."""
     return log_ratio.square() / 2
 
 

@@ -220,8 +220,9 @@ def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
     r"""The coefficient that `drift_coef="auto"` sets for a rollout: $\alpha = \max |A|$. Ours, not the paper's.
 
     Suppose that responses have one token, that expectations are exact, and that nothing is clipped. The objective is
-    largest if each token has the ratio $r^* = 1 + A/\alpha$, in [0, 2] with this rule. With $\alpha < -\min A$ there is
-    no maximum: the objective grows without bound as the probability of the worst token falls. Notebook 7 derives this.
+    largest if each token has the ratio $r^* = 1 + A/\alpha$. With this rule $r^*$ lies in [0, 2]. With
+    $\alpha < -\min A$ there is no maximum: the objective grows without bound as the probability of the worst token
+    falls. Notebook 7 derives this.
 
     The advantages are those of one rollout, in any shape. If all of them are 0, the coefficient stays at `previous`.
     """

@@ -22,7 +22,8 @@ $r A$, as in GRPO, up to r = 1 + c. (c is `drift_clip`, by default 2.)
 In: `log_ratio` (d, nats), `logp` (nats) and `advantage` (A), each broadcastable to (B, T); the clip bounds `low` < 0 <
 `high`, which are log-ratios. Out: the objective, and the objective without its bound. A token counts as clipped where
 these two values differ. All surrogates have one signature. The functions of `LEVELS`, at the end of this file, decide
-whether each token has its own ratio or a response shares one: (B, T) log-ratios go in, (B, T) or (B, 1) come out.
+whether each token has its own ratio or all tokens of a response share one: log-ratios (B, T) go in, and (B, T) or
+(B, 1) come out.
 """
 
 import math

@@ -41,15 +41,15 @@ def evaluate(
     """Measure a policy on `num_problems` held-out problems.
 
     Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, a hub name, its settings, or a `Policy`.
+        run_or_model: a finished run's folder, "embedded", a model folder, a hub name, `ModelSettings`, or a `Policy`.
         task: a task by name, or with its data and reward; by default the run's, else chain_arithmetic.
         max_completion_length: tokens; by default the run's, else 64.
         seed: chooses the problems and the samples.
 
     Returns:
         `accuracy` (greedy), `sampled_accuracy`, `pass@k` for k = 1, 2, 4, ... up to `num_samples`, and
-        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. With a reward of the run's or of
-        `task`, also `reward`, its mean over the greedy responses.
+        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. If the run or `task` names a
+        reward function, the result also has `reward`, the mean reward of the greedy responses.
 
     Raises:
         UserError: there is no such model, the run has not finished, or a number is out of range.

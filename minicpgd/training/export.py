@@ -9,8 +9,8 @@ saw a rounded copy of W, never the published one. So the adapter can be added to
 The adapter is never added into the 4-bit weights themselves. They lie on a grid of 16 values, and a change smaller than
 half a step is rounded away. `docs/qlora.md` has the measurements.
 
-The whole model has to fit in float32: four bytes a weight, more than in half precision or 4 bit. If a card has less,
-hide it with `CUDA_VISIBLE_DEVICES= minicpgd export RUN`; the CPU then does everything.
+The whole model has to fit into memory in float32, with four bytes a weight. If the card has too little memory, hide
+it with `CUDA_VISIBLE_DEVICES= minicpgd export RUN`; the CPU then does everything.
 
 In: the folder of a finished LoRA run. Out: a folder that transformers loads, and an `ExportReport`.
 """
@@ -31,7 +31,7 @@ from minicpgd.tasks import load_task
 from minicpgd.training.evaluation import open_policy, respond
 
 Base = Literal["full", "dequantised"]
-MAX_ROUNDING = 0.01  # nats; in float32 it is near 1e-6
+MAX_ROUNDING = 0.01  # nats, the limit; merging in float32 rounds by about 1e-6
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
 
     Raises:
         UserError: something cannot be loaded, resumed or written, a reward fails, or a new run's folder exists.
-        NonFiniteError: a loss or gradient is not finite; the newest checkpoint is from before that.
+        NonFiniteError: a logit, loss or gradient is not finite; the newest checkpoint is from before that.
     """
     config = resolved(config)
     if resume:
@@ -96,7 +96,7 @@ def _restore_newest(learner: Learner, run: RunFolder, callbacks: Callbacks) -> t
     elif run.has_begun:
         callbacks.on_warning(f"{run.checkpoints}: no checkpoint is intact; the run begins again, from step 0")
     if missing := run.truncate_after(last):
-        lost = f"the line of step {missing[0]} is missing ({len(missing)} in all)"
+        lost = f"lines are missing: {len(missing)}; the first is that of step {missing[0]}"
         callbacks.on_warning(f"{run.folder / 'metrics.jsonl'}: {lost}")
     remove_newer(run.checkpoints, checkpoint)
     if checkpoint:
@@ -106,7 +106,7 @@ def _restore_newest(learner: Learner, run: RunFolder, callbacks: Callbacks) -> t
 
 @contextmanager
 def _one_line_for_disk_errors(folder: Path) -> Iterator[None]:
-    """Raise a UserError of one line if the disk is full or read-only."""
+    """Turn an error of the disk or of safetensors into a UserError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

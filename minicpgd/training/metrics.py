@@ -38,7 +38,7 @@ class Experience:
 class Update(NamedTuple):
     """One optimizer step, or one that was skipped because no response had an advantage."""
 
-    outputs: list[LossOutput]  # of every micro-batch; the loss of the minibatch is their sum, just before the step
+    outputs: list[LossOutput]  # one per micro-batch; their losses, from before the step, add up to the minibatch's
     grad_norm: float | None  # before clipping; None: skipped
 
 

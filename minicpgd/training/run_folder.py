@@ -2,14 +2,15 @@
 
     config.json       the settings
     metrics.jsonl     a line per step: what the run did; the same bytes whenever it is repeated on one machine
-    timings.jsonl     a line per step: what depends on the clock and the machine
+    timings.jsonl     a line per step from step 1 on: what depends on the clock and the machine
     samples.jsonl     some sampled responses, with reward and advantage
     passes.jsonl      for the same steps, a line per pass over the rollout: ratios, KL, shares of clipped tokens
     checkpoints/      the two newest (see checkpoint.py)
     model/            without LoRA, the trained model, once the run has ended; transformers loads it
     adapter/          with LoRA, the trained adapter; PEFT loads it onto the model that `config.json` names
 
-Line 0 of the metrics is the model before training: its greedy accuracy and its mean reward on the held-out set.
+The metrics of step 0 are those of the model before training, on the held-out set: `eval_accuracy` and `eval_reward` of
+greedy responses, and the rest of sampled ones.
 
 In: settings, and the log of each step. Out: these files, or what `load_run` reads from them.
 """
@@ -226,7 +227,7 @@ class RunFolder:
             raise UserError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from error
 
     def truncate_after(self, step: int) -> list[int]:
-        """Remove the lines of all steps after `step`. Return the earlier steps that metrics.jsonl has no line of."""
+        """Remove the lines of all steps after `step`. Return the steps up to it that metrics.jsonl lacks."""
         paths = [self.folder / f"{name}.jsonl" for name in LOGS]
         logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
         for path, rows in zip(paths, logs, strict=True):

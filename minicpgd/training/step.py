@@ -82,7 +82,8 @@ class Learner:
         prompts = [problem["prompt"] for problem in problems]
         problems = [problem for problem in problems for _ in range(config.num_generations)]
         rollout = generate(self.policy, prompts, config.num_generations, config, generator=generators.tokens)
-        if self.policy.model.dtype != torch.float32:  # In half precision the scorer rounds otherwise.
+        # In half precision, sampling token by token rounds differently from the updates. Compare like with like.
+        if self.policy.model.dtype != torch.float32:
             rollout = replace(rollout, logp=self.score(rollout))
 
         # Reward each response. Some rows penalise the KL to the reference in the reward.
@@ -130,8 +131,8 @@ class Learner:
     def update(self, experience: Experience, rows: Tensor) -> Update:
         """Make one optimizer step, in micro-batches, on the responses with the indices `rows`, (b,).
 
-        If no response has an advantage, there is nothing to learn. Then the step is skipped, with the optimizer's
-        moments unchanged: Adam would scale the rounding errors of the drift's gradient up to full steps.
+        If the advantages of all these responses are 0, and no KL is in the loss, the optimizer step is skipped, and
+        the moments do not change. Otherwise Adam would turn tiny gradients of the drift into steps of full size.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite; this update does not change the weights.
@@ -156,7 +157,7 @@ class Learner:
                 )  # fmt: skip
                 if learns:
                     (scale * output.loss).backward()
-                # Drop the graph, so that the allocator can return the large blocks between its small nodes.
+                # Drop the autograd graph. Its small nodes would keep the large blocks between them in use.
                 outputs.append(replace(output, loss=output.loss.detach()))
             if not learns:
                 return Update(outputs, grad_norm=None)
@@ -176,7 +177,7 @@ class Learner:
         return StepLog(metrics.before_training(rollout, rewards, right) | self._evaluate(0))
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Greedy accuracy and reward on the held-out set. The task judges the accuracy, and the run's own reward."""
+        """Greedy accuracy, as the task judges it, and greedy reward, by the run's reward function."""
         _, right, rewards = self._respond(step, greedy=True)
         return {"eval_accuracy": right.double().mean().item(), "eval_reward": metrics.mean_of_numbers(rewards)}
 
