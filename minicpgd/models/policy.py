@@ -40,7 +40,9 @@ from minicpgd.models.precision import checkpoint_layers, choose_dtype, disable_d
 from minicpgd.tasks.data_files import Prompt
 
 EMBEDDED = Path(__file__).parent / "embedded"
-_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # how a chat template asks for today's date
+_DATE = re.compile(
+    r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
+)  # how a chat template asks for today's date
 NO_CODE = {"trust_remote_code": False}  # With None, transformers would ask on the terminal about a model's own code.
 
 
