@@ -15,6 +15,7 @@ from minicpgd import TrainConfig, UserError, evaluate, load_run, train
 from minicpgd.cli.main import main
 from minicpgd.config import ModelSettings, SamplingSettings, TaskSettings
 from minicpgd.models.logprobs import num_positions, position_ids, split_network, token_logprobs
+from minicpgd.models.lora import add_adapter
 from minicpgd.models.policy import EMBEDDED, load_policy
 from minicpgd.models.sampling import check_sampler, generate
 from minicpgd.training import export
@@ -34,6 +35,7 @@ LATENT = {
 }  # fmt: skip
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 WINDOW = {"sliding_window": 8, "head_dim": 16}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 ARCHITECTURES = {
     # They scale their logits, or what the output layer is given.
     "granite": {"logits_scaling": 8.0}, "granitemoe": {"logits_scaling": 8.0, **EXPERTS},
@@ -53,6 +55,7 @@ ARCHITECTURES = {
     # The rest has windows, biases, experts, latent attention, and positions of all kinds.
     "mistral": WINDOW, "mixtral": EXPERTS, "phi": {}, "gpt_neox": {}, "olmo2": {}, "smollm3": {}, "bloom": {},
     "deepseek_v3": {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, **LATENT},
+    "gemma3": {"text_config": SIZES | WINDOW, "vision_config": VISION},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW}, "starcoder2": {}, "glm": {},
 }  # fmt: skip
 REFUSED = ("bert", "mamba", "recurrent_gemma", "rwkv")
@@ -99,9 +102,14 @@ def test_what_is_scored_is_what_was_sampled(kind, folder_of):
     check_sampler(policy, ["1+2=", "7+5*3-4+1*2="], SamplingSettings())
 
 
-@pytest.mark.parametrize("kind", ["granite", "cohere", "gemma2", "falcon_h1", "llama4_text", "modernbert-decoder"])
-def test_scores_and_gradients_are_those_of_the_models_own_logits(kind):
-    model, ids = random_model(kind), torch.randint(3, 32, (2, 9), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("kind", ["granite", "cohere", "gemma2", "gemma3", "llama4_text", "modernbert-decoder"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_scores_and_gradients_are_those_of_the_models_own_logits(kind, adapter):
+    model = random_model(kind)
+    if adapter:
+        targets = "all-linear" if kind == "modernbert-decoder" else "q_proj"  # PEFT cannot wrap Llama 4's router.
+        model = add_adapter(model, ModelSettings(lora_r=2, lora_target_modules=targets))
+    ids = torch.randint(3, 32, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
@@ -117,6 +125,23 @@ def test_scores_and_gradients_are_those_of_the_models_own_logits(kind):
             if name in gradients:
                 torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-3, rtol=1e-3)
     assert "forward" not in vars(split_network(model)[1])  # The decoder is as it was.
+
+
+def test_scoring_restores_a_forward_that_another_library_put_on_the_decoder():
+    """accelerate, for example, replaces a module's forward."""
+    model, ids = random_model("llama"), torch.tensor([[3, 4, 5]])
+    decoder, calls = model.get_decoder(), []
+    plain = decoder.forward
+
+    def counted(*args, **options):
+        calls.append(1)
+        return plain(*args, **options)
+
+    decoder.forward = counted
+    for _ in range(2):
+        token_logprobs(model, ids, torch.ones_like(ids), 2)
+    assert calls == [1, 1]
+    assert decoder.forward is counted
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -211,8 +236,11 @@ def test_prompt_and_response_have_to_fit_among_the_models_positions(kind, folder
 
 def test_the_number_of_positions():
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
-    assert num_positions(random_model("llama")) == 256
+    assert num_positions(random_model("llama")) == num_positions(random_model("gemma3")) == 256
     assert num_positions(random_model("llama", max_position_embeddings=64, rope_parameters=rope)) == 256
+    original = random_model("llama")
+    original.config.rope_parameters = {"original_max_position_embeddings": 512}
+    assert num_positions(original) == 512
     without = random_model("bloom")  # It has biases in place of positions.
     del without.config.max_position_embeddings
     assert num_positions(without) == float("inf")

@@ -94,7 +94,7 @@ def _score(
     own = vars(decoder).get("forward")  # accelerate replaces a module's forward.
     vars(decoder)["forward"] = lambda *_, **__: kind(last_hidden_state=hidden)
     try:
-        logits = network(input_ids=targets, use_cache=False).logits
+        logits = network(input_ids=targets).logits
     finally:
         del vars(decoder)["forward"]
         if own is not None:
@@ -105,8 +105,6 @@ def _score(
 def split_network(model: PreTrainedModel) -> tuple[Any, Any]:
     """A causal language model without PEFT's wrapper, and its decoder: the part that ends before the output layer."""
     network: Any = getattr(model, "get_base_model", lambda: model)()
-    if getattr(network.get_decoder(), "lm_head", None) is not None:  # A multimodal model contains a language model.
-        network = network.get_decoder()
     # Some models have another word for it: then get_decoder is the output layer (ModernBERT), or the model (Llama 4).
     others = (network, network.get_output_embeddings())
     candidates = (network.get_decoder(), network.base_model, getattr(network, "model", None))
