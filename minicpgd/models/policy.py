@@ -40,9 +40,7 @@ from minicpgd.models.precision import checkpoint_layers, choose_dtype, disable_d
 from minicpgd.tasks.data_files import Prompt
 
 EMBEDDED = Path(__file__).parent / "embedded"
-_DATE = re.compile(
-    r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
-)  # how a chat template asks for today's date
+_DATE = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")  # A template asks for today.
 NO_CODE = {"trust_remote_code": False}  # With None, transformers would ask on the terminal about a model's own code.
 
 
@@ -280,9 +278,8 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreT
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         advice = "remove the token, or resize the embedding with resize_token_embeddings and save the model"
-        raise UserError(
-            f"model = {name!r}: its embedding has {rows} rows, and its token {token!r} has the id {largest}; {advice}"
-        )
+        reason = f"its embedding has {rows} rows, and its token {token!r} has the id {largest}"
+        raise UserError(f"model = {name!r}: {reason}; {advice}")
     if not len(Policy(model, tokenizer).eos_ids):
         reason = "neither its tokenizer nor its generation config names an end-of-sequence token"
         raise UserError(f"model = {name!r}: {reason}; add eos_token_id to generation_config.json")
