@@ -337,7 +337,9 @@ def test_training_starts_from_a_saved_adapter(small, tmp_path):
 
 def test_an_adapter_folder_as_a_model_is_told_as_one(small, tmp_path):
     run = train(small(lora_r=4))
-    with pytest.raises(UserError, match=r"an adapter; use --model \S+embedded --adapter \S+adapter"):
+    with pytest.raises(
+        UserError, match=r"an adapter; `minicpgd train --model \S+embedded --adapter \S+adapter` starts"
+    ):
         load_policy(str(run / "adapter"))
     for name, line in {"model": "no readable adapter_config.json", "none": "no readable adapter_config.json"}.items():
         with pytest.raises(UserError, match=line):
@@ -443,7 +445,11 @@ def test_a_run_with_relative_paths_is_used_from_another_folder(data, small, fold
 
 
 def test_a_bare_model_is_evaluated_on_data_with_a_reward_and_a_length(data, tmp_path, monkeypatch, capsys):
-    (tmp_path / "rewards_of_ours.py").write_text("def half(completions, **_):\n    return [0.5] * len(completions)\n")
+    (tmp_path / "rewards_of_ours.py").write_text(
+        "def half(completion_ids, **_):\n    return [len(ids) and 0.5 for ids in completion_ids]\n"
+    )
+    with pytest.raises(UserError, match="max_completion_length = 0"):
+        evaluate("embedded", max_completion_length=0)
     monkeypatch.syspath_prepend(tmp_path)
     result = evaluate(
         "embedded",

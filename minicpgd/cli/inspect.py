@@ -87,17 +87,20 @@ def sample(
         temperature: of the sampling; 0 takes the likeliest token each time.
     """
     Range(0, TEMPERATURES.most).check("temperature", temperature)
-    from minicpgd.tasks import call_reward, load_reward, load_task
+    from minicpgd.tasks import load_task
+    from minicpgd.tasks.rewards import RewardContext, call_reward, load_reward
     from minicpgd.training import open_policy, respond
 
     policy, config = open_policy(answers.model(run_or_model))
     wanted, seed = answers.problems(run_or_model), answers.seed
     task, reward = load_task(wanted), load_reward(wanted.reward) if wanted.reward is not None else None
-    length, batch_size = answers.max_completion_length or config.max_completion_length, config.rollout_batch_size
+    length, batch_size = answers.max_completion_length, config.rollout_batch_size
+    length = config.max_completion_length if length is None else length
     settings = SamplingSettings(length, temperature or 1.0, rollout_batch_size=batch_size)
     rollout, right = respond(policy, task, num_problems, settings, greedy=temperature == 0, seed=seed)
     problems = task.held_out(num_problems, seed)
-    rewards = call_reward(reward, problems, rollout.completions) if reward is not None else []
+    context = RewardContext(rollout.token_ids())
+    rewards = call_reward(reward, problems, rollout.completions, context=context) if reward is not None else []
     for i, (problem, text, ok) in enumerate(zip(problems, rollout.completions, right[:, 0], strict=True)):
         mark, colour = ("right", "green") if ok else ("wrong", "red")
         mark = f"{mark}  reward {rewards[i]:.2f}" if reward is not None else mark

@@ -264,7 +264,8 @@ def check_model_folder(source: str, name: str) -> None:
     folder = Path(source)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = str(adapter_config(source).get("base_model_name_or_path", "BASE"))
-        raise UserError(f"model = {name!r}: an adapter; use {shlex.join(['--model', base, '--adapter', name])}")
+        command = shlex.join(["minicpgd", "train", "--model", base, "--adapter", name])
+        raise UserError(f"model = {name!r}: it is an adapter; `{command}` starts from it")
     if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
         raise UserError(f"model = {name!r}: there is no such folder")  # Do not ask a hub for a mistyped path.
     for pattern, content in (("config.json", "config"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):

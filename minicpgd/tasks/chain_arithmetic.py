@@ -63,7 +63,9 @@ class ChainArithmetic:
     def __init__(self, data: str | None = None, instruction: str | None = None):
         for name, value in (("data", data), ("instruction", instruction)):
             if value is not None:
-                raise ConfigError(f"{name} = {value!r}: chain_arithmetic makes its own problems; leave it out")
+                raise ConfigError(
+                    f"{name} = {value!r}: chain_arithmetic makes its own problems; leave it out, or add --task jsonl"
+                )
 
     @staticmethod
     def source(data: str | None) -> str:

@@ -18,7 +18,8 @@ from minicpgd.config import MAX_TOKENS, SEEDS, ModelSettings, SamplingSettings, 
 from minicpgd.errors import Range, UserError
 from minicpgd.models.policy import Policy, load_policy
 from minicpgd.models.sampling import Rollout, check_sampler, generate
-from minicpgd.tasks import Task, call_reward, load_reward, load_task
+from minicpgd.tasks import Task, load_task
+from minicpgd.tasks.rewards import RewardContext, call_reward, load_reward
 from minicpgd.training.metrics import mean_of_numbers
 from minicpgd.training.run_folder import resume_command
 
@@ -59,14 +60,15 @@ def evaluate(
     wanted = TaskSettings(task) if isinstance(task, str) and task != config.task else task
     wanted = wanted if isinstance(wanted, TaskSettings) else config
     chosen, reward = load_task(wanted), load_reward(wanted.reward) if wanted.reward is not None else None
-    length = max_completion_length or config.max_completion_length
+    length = config.max_completion_length if max_completion_length is None else max_completion_length
     settings = SamplingSettings(length, temperature, rollout_batch_size=config.rollout_batch_size)
     greedy, greedy_right = respond(policy, chosen, num_problems, settings, greedy=True, seed=seed)
     _, right = respond(policy, chosen, num_problems, settings, num_samples=num_samples, seed=seed)
     correct = right.sum(dim=1).tolist()
     result = {"accuracy": greedy_right.double().mean().item(), "sampled_accuracy": right.double().mean().item()}
     if reward is not None:
-        rewards = call_reward(reward, chosen.held_out(num_problems, seed), greedy.completions)
+        context = RewardContext(greedy.token_ids())
+        rewards = call_reward(reward, chosen.held_out(num_problems, seed), greedy.completions, context=context)
         result["reward"] = mean_of_numbers(rewards)
     for k in [2**i for i in range(num_samples.bit_length())]:
         result[f"pass@{k}"] = sum(pass_at_k(num_samples, c, k) for c in correct) / len(correct)
