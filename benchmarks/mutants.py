@@ -68,6 +68,8 @@ TESTS = {  # The quick tests come first, because the first failure ends the test
     "test_qlora.py::test_responses_generated_in_parts test_policy_and_sampling.py test_step.py "
     "test_other_models.py::test_a_scorer_that_disagrees_with_the_sampler_is_refused "
     "test_other_models.py::test_a_model_that_cannot_be_sampled_is_refused_before_its_folder_is_made "
+    "test_other_models.py::test_generate_takes_settings_by_name_and_refuses_one_that_does_not_exist "
+    "test_other_models.py::test_prompt_and_response_have_to_fit_among_the_models_positions "
     "-k 'not chunk and not fresh_interpreter'",
     "training/checkpoint": "test_resume.py::test_a_checkpoint_gives_back_what_it_was_given "
     "test_resume.py::test_a_checkpoint_whose_file_was_written_again_is_whole_only_if_it_says_the_same "

@@ -517,6 +517,7 @@ def test_a_log_is_whole_whatever_its_responses_contain(character, small, tmp_pat
     assert [row["step"] for row in load_run(run).samples] == [1] * 4 + [2] * 4 + [3] * 4
 
 
-def test_generate_refuses_a_setting_that_does_not_exist(policy):
+def test_generate_takes_settings_by_name_and_refuses_one_that_does_not_exist(policy):
+    assert generate(policy, ["1+2="], 2, greedy=True, max_completion_length=1).lengths.tolist() == [1, 1]
     with pytest.raises(TypeError, match="max_length"):
         generate(policy, ["1+2="], 2, greedy=True, max_length=3)

@@ -129,6 +129,10 @@ def test_the_fields_of_a_rollout_agree_with_each_other(policy):
     assert len(set(rollout.completions)) > 5
     with pytest.raises(FrozenInstanceError):
         rollout.mask = rollout.prompt_mask
+    ids = rollout.token_ids()
+    assert [type(token) for row in ids for token in row] == [int] * int(rollout.mask.sum())
+    assert [len(row) for row in ids] == rollout.lengths.tolist()
+    assert [row[-1] in policy.eos_ids.tolist() for row in ids] == (~rollout.truncated).tolist()
 
 
 def test_sampling_follows_its_distribution(policy):
