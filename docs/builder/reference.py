@@ -144,8 +144,7 @@ def command_reference() -> str:
 def _section(command: Command, train: Command) -> str:
     """The section of a command. Another command than `train` does not repeat the settings that it shares with it."""
     settings = {option.name: option for option in train.options if option.group}
-    shared = [option for option in command.options if option.group == getattr(settings.get(option.name), "group", "")]
-    shared = [option for option in shared if option.group]
+    shared = [o for o in command.options if o.name in settings and o.group == settings[o.name].group]
     lines = [f"## `{command.title}`", command.purpose]
     if shared and command is not train:
         text = f"It also takes the settings of {train.link}, from `{shared[0].name}` to `{shared[-1].name}`."

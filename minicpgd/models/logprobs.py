@@ -63,6 +63,11 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
+def without_padding(ids: Tensor, lengths: Tensor) -> list[list[int]]:
+    """(B, T) right-padded ids and (B,) lengths to B lists of ids."""
+    return [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
+
+
 def num_positions(model: PreTrainedModel) -> float:
     """How many tokens a model was made for; infinite if it has no such limit."""
     config = model.config.get_text_config()

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from minicpgd.config import ModelSettings
 from minicpgd.errors import UserError, describe_error, short_repr
-from minicpgd.models.logprobs import num_positions
+from minicpgd.models.logprobs import num_positions, without_padding
 from minicpgd.models.lora import (
     adapter_config,
     add_adapter,
@@ -170,7 +170,7 @@ class Policy:
 
     def tokens(self, completion_ids: Tensor, lengths: Tensor) -> list[list[str]]:
         """(B, T) ids and (B,) lengths to B lists of tokens as text, with special tokens."""
-        rows = [row[:n] for row, n in zip(completion_ids.tolist(), lengths.tolist(), strict=True)]
+        rows = without_padding(completion_ids, lengths)
         return [[str(self.tokenizer.decode([token])) for token in row] for row in rows]
 
     @_no_progress_bars()

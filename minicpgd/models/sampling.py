@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLo
 
 from minicpgd.config import SamplingSettings
 from minicpgd.errors import NonFiniteError, UserError, describe_error, is_out_of_memory
-from minicpgd.models.logprobs import logp_and_entropy, position_ids, token_logprobs
+from minicpgd.models.logprobs import logp_and_entropy, position_ids, token_logprobs, without_padding
 from minicpgd.models.policy import Policy
 from minicpgd.models.precision import one_thread_if_small
 from minicpgd.tasks.data_files import Prompt
@@ -40,7 +40,7 @@ class Rollout:
 
     def token_ids(self) -> list[list[int]]:
         """The ids of each response, without padding."""
-        return [row[:n] for row, n in zip(self.completion_ids.tolist(), self.lengths.tolist(), strict=True)]
+        return without_padding(self.completion_ids, self.lengths)
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
         """Some rows as `token_logprobs` takes them: ids and mask (b, p + t), and t, cut to the longest of these."""
@@ -138,8 +138,7 @@ def generate(
     longest = int(lengths.max())
     ids, logp, entropy = (values[:, :longest] for values in (completion_ids, logp, entropy))
     mask = torch.arange(longest, device=policy.device) < lengths[:, None]
-    without_padding = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
-    completions = policy.tokenizer.batch_decode(without_padding, skip_special_tokens=True)
+    completions = policy.tokenizer.batch_decode(without_padding(ids, lengths), skip_special_tokens=True)
     return Rollout(
         prompt_ids=prompt_ids[answers], prompt_mask=prompt_mask[answers], completion_ids=ids, mask=mask,
         lengths=lengths, truncated=~ended, logp=logp, entropy=entropy, completions=completions,

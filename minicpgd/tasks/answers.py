@@ -5,12 +5,16 @@ turn the spellings of an answer into one. `answer_kinds.py` then judges what is 
 Formulas remain, and `math_answers.py` compares their values.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Real
 from typing import Any, NamedTuple
 
-from minicpgd.errors import MissingPackageError
+from minicpgd.errors import MissingPackageError, short_repr
 from minicpgd.tasks.answer_kinds import judge
 from minicpgd.tasks.math_answers import LONGEST, UnavailableError, same_value
 
@@ -60,6 +64,24 @@ def reference_answer(answer: Any) -> str:
     """
     text = answer if isinstance(answer, str) else str(answer).lower() if isinstance(answer, bool) else str(answer)
     return _marked(text) or text
+
+
+def answer_text(answer: Any) -> str:
+    """A dataset's answer as text, where 3.0 is "3" and True is "true".
+
+    Raises:
+        TypeError: the answer is neither text nor a finite number.
+    """
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, bool):
+        return str(answer).lower()
+    if not (isinstance(answer, Real | Decimal) and math.isfinite(answer)):
+        raise TypeError(f"the answer {short_repr(answer)} is neither text nor a finite number")
+    if isinstance(answer, Fraction):
+        return str(answer)
+    whole = math.floor(answer)
+    return str(whole) if whole == answer else f"{Decimal(str(answer)):f}"  # math-verify reads no exponents.
 
 
 def _marked(text: str) -> str | None:

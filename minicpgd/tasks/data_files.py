@@ -18,12 +18,12 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from minicpgd.errors import ConfigError, UserError, short_repr
 from minicpgd.files import parse_json
+from minicpgd.tasks.answers import answer_text
 
 Prompt = str | list[dict[str, str]]  # Text, or messages as in TRL: {"role": "user", "content": "3/4 of 12?"}.
 
@@ -197,14 +197,8 @@ def _check_columns(row: dict, place: str, prompt: str, answer: str, first_row: d
 
 
 def _answer(value: Any, where: str) -> str:
-    """An answer as text. 3.0 is "3", 1e-7 is "0.0000001" and true is "true"."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if type(value) is int or (type(value) is float and value.is_integer()):
-        return str(int(value))
-    if type(value) is float and math.isfinite(value):
-        return format(Decimal(repr(value)), "f")  # math-verify does not read 1e-07 as a number.
-    return _text(value, where, "text or a number is needed")
+    is_number = type(value) in (bool, int) or (type(value) is float and math.isfinite(value))
+    return answer_text(value) if is_number else _text(value, where, "text or a number is needed")
 
 
 def _text(value: Any, where: str, wanted: str = "text is needed") -> str:

@@ -14,13 +14,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
-from fractions import Fraction
-from numbers import Real
 from typing import Any
 
-from minicpgd.errors import ConfigError, describe_error, did_you_mean, short_repr
+from minicpgd.errors import ConfigError, describe_error, did_you_mean
 from minicpgd.tasks.answers import (
+    answer_text,
     boxes,
     final_answer,
     is_solution,
@@ -32,24 +30,6 @@ from minicpgd.tasks.answers import (
 from minicpgd.tasks.reward_call import RewardFunction, checked_call, name_of, response_text
 
 _AFTER_BOX = re.compile(r"(?:[\s.,$*]|\\\]|\\\))*")  # the end of a sentence or of a formula
-
-
-def answer_text(answer: Any) -> str:
-    """A dataset's answer as text, where 3.0 is "3" and True is "true".
-
-    Raises:
-        TypeError: the answer is neither text nor a finite number.
-    """
-    if isinstance(answer, str):
-        return answer
-    if isinstance(answer, bool):
-        return str(answer).lower()
-    if not (isinstance(answer, Real | Decimal) and math.isfinite(answer)):
-        raise TypeError(f"the answer {short_repr(answer)} is neither text nor a finite number")
-    if isinstance(answer, Fraction):
-        return str(answer)
-    whole = math.floor(answer)
-    return str(whole) if whole == answer else f"{Decimal(str(answer)):f}"  # math-verify reads no exponents.
 
 
 def exact_answer(prompts: Sequence, completions: Sequence, answer: Sequence, **_: Any) -> list[float]:

@@ -111,9 +111,9 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
 
 
-def resume_command(folder: Path) -> str:
+def resume_command(folder: Path, flags: str = "") -> str:
     """The command that continues a run, in backticks, for a message."""
-    return f"`minicpgd train --resume {shlex.quote(str(folder))}`"
+    return f"`minicpgd train --resume {shlex.quote(str(folder))}{flags}`"
 
 
 def stored_config(folder: Path) -> TrainConfig:
@@ -153,8 +153,8 @@ def refuse_existing(folder: Path) -> None:
     """
     if folder.exists():
         is_finished = (folder / "model").is_dir() or (folder / "adapter").is_dir()
-        more = " --max-steps N`, which adds steps" if is_finished else "`"
-        hint = f"continue it with {resume_command(folder)[:-1]}{more} (in Python, resume=True)"
+        way = f"{resume_command(folder, ' --max-steps N')}, which adds steps" if is_finished else resume_command(folder)
+        hint = f"continue it with {way} (in Python, resume=True)"
         raise ConfigError(f"output_dir = {str(folder)!r} exists already: choose another --output-dir, or {hint}")
 
 
