@@ -137,7 +137,7 @@ class ModelSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            datetime.fromisoformat(self.chat_date or "2026-01-31")
+            datetime.fromisoformat("2026-01-31" if self.chat_date is None else self.chat_date)
         except ValueError as error:
             raise ConfigError(f"chat_date = {self.chat_date!r}: a date is needed, as 2026-01-31") from error
 

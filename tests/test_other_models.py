@@ -414,9 +414,8 @@ def test_a_template_prints_the_date_of_the_runs_start(folder_of, small, monkeypa
 
 @pytest.mark.parametrize("given", ["today", "31.1.2026", "2026-13-01", ""])
 def test_a_date_that_is_none_is_one_line(given):
-    if given:
-        with pytest.raises(UserError, match=r"chat_date = .*: a date is needed, as 2026-01-31"):
-            ModelSettings(chat_date=given)
+    with pytest.raises(UserError, match=r"chat_date = .*: a date is needed, as 2026-01-31"):
+        ModelSettings(chat_date=given)
 
 
 # Paths and commands
