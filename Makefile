@@ -12,7 +12,7 @@
 # Each command creates the environment that it needs. docs/installation.md has the same commands without make.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := -m pytest -n auto --dist loadfile
+PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The lock files hold the exact versions that were tested. pip obeys them and the constraints in PIP_CONSTRAINT.
 # Python compiles a module at its first import. pip would compile all modules, which takes most of an installation.

@@ -25,6 +25,9 @@ SMALL = {
 }
 
 
+SLOW_FILES = ["test_trl", "test_study", "test_notebooks", "test_determinism", "test_qlora", "test_cli_and_figures"]
+
+
 def load_script(path):
     """Import a script that belongs to no package."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
@@ -49,6 +52,8 @@ def loss_of(
 
 
 def pytest_collection_modifyitems(items):
+    """Start with the slow files, so that no worker is left alone with one at the end (--no-loadscope-reorder)."""
+    items.sort(key=lambda item: item.path.stem not in SLOW_FILES)  # The sort is stable.
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -8,7 +8,7 @@ The centre says what the reward is compared with. The weight $w(x)$ says how muc
 |---|---|
 | `group_centred` | the mean of the group: $R - \mu$ |
 | `leave_one_out` | the mean of the other G - 1 (RLOO, arXiv 2402.14740) |
-| `batch_whitened` | the mean over all tokens of the batch, in standard deviations (REINFORCE++, arXiv 2501.03262) |
+| `batch_whitened` | the mean over all tokens; the difference is divided by their deviation (REINFORCE++, 2501.03262) |
 | `group_centred_whitened` | the mean of the group; the result is then whitened over the batch |
 
 | weight | $w(x)$ |
@@ -73,7 +73,7 @@ def inverse_std(rewards: Tensor) -> Tensor:
 
 
 def clip_filter(rewards: Tensor) -> Tensor:
-    r"""$w(x) = \min(3, N / \#\{\sigma > 0\})$: the fewer prompts have a gradient, the more each counts (CPGD)."""
+    r"""$w(x) = \min(3, N / \#\{\sigma > 0\})$: if fewer prompts have a gradient, each counts more (CPGD)."""
     informative = (rewards != rewards[:, :1]).any(dim=1).sum()
     weight = min(3.0, len(rewards) / int(informative)) if informative else 0.0
     return torch.full_like(rewards[:, :1], weight)
@@ -85,10 +85,10 @@ WEIGHTS: dict[str, Weight] = {"equal": equal, "std": inverse_std, "clip_filter":
 def of_scored(centre: Centre, weight: Weight, rewards: Tensor, lengths: Tensor) -> Tensor:
     r"""The advantages of the responses that have a reward, as if there were no others. The advantage of a NaN is 0.
 
-    Suppose that n of a group's G rewards are not NaN, and that their mean is $\mu$. The centre gets $\mu$ in place of
-    each NaN, with a length of 0 tokens. So means and variances are those of the n rewards. The weight gets
-    $\sqrt{(G-1)/(n-1)}\,(R - \mu)$, so $\sigma$ is that of the n rewards, too. In `clip_filter`, a prompt without any
-    reward still counts as one of the N prompts.
+    Suppose that n of a group's G rewards are not NaN, and that their mean is $\mu$. `centre` is called with $\mu$
+    in place of each NaN, and with the length 0 there. So means and variances are those of the n rewards. `weight` is
+    called with $\sqrt{(G-1)/(n-1)}\,(R - \mu)$, so $\sigma$ is that of the n rewards, too. In `clip_filter`, a prompt
+    without any reward still counts as one of the N prompts.
     """
     scored, others = ~rewards.isnan(), rewards.shape[1] - 1
     count = scored.sum(dim=1, keepdim=True).to(rewards)

@@ -13,8 +13,9 @@ $$ \mathrm{KL}(p \,\|\, q) = \mathbb{E}_{y \sim p}[-e]. $$
 A good estimator of a KL can have a wrong gradient: on samples from $\pi_\theta$, the gradient of `k1` has mean zero,
 so `k1` is useless as a loss. CPGD penalises the *policy drift* $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$. Its samples
 come from $\pi_{old}$, so $e = \log \pi_\theta - \log \pi_{old}$. For these samples `k3` is an unbiased estimate of
-the drift. Its derivative $r - 1$ is unbiased too, but it grows without bound with the ratio $r = \exp(e)$. The loss
-therefore uses `bounded_drift`, which continues as a straight line once its slope has reached a bound.
+the drift. Its gradient $(r - 1) \nabla \log \pi_\theta$ is an unbiased estimate of the drift's gradient, but it grows
+without bound with the ratio $r = \exp(e)$. The loss therefore uses `bounded_drift`, which continues as a straight line
+once its slope has reached a bound.
 
 In: log-ratios of any shape, in nats. Out: the same shape and unit.
 """
@@ -45,8 +46,8 @@ def bounded_drift(log_ratio: Tensor, bound: float = 2.0) -> Tensor:
 
     $$ \frac{\partial}{\partial d}\,\mathrm{drift}(d) = \min(\exp(d) - 1,\; c) $$
 
-    CPGD (arXiv 2505.12504, section 3) bounds the gradient of a token with a very large ratio. This function has
-    exactly that bounded gradient as its derivative, so finite differences can check it.
+    CPGD (arXiv 2505.12504, section 3) bounds the gradient of a token with a very large ratio. The derivative of
+    this function is that bounded gradient. Finite differences can check it, because no gradient is set by hand.
 
     Args:
         log_ratio: $d = \log \pi_\theta - \log \pi_{old}$, any shape, nats.

@@ -3,7 +3,7 @@ r"""The loss: what a row of the table computes.
 A row answers four questions:
 
 1. *centre* and *weight*: how good was a response? (`advantages.py`)
-2. *surrogate*: what is maximised, and where does a token stop counting? (`surrogates.py`)
+2. *surrogate*: what is maximised, and from which ratio on has a token no gradient? (`surrogates.py`)
 3. *aggregation*: how is the loss averaged over tokens and responses? (`aggregation.py`)
 4. *drift*: is moving away from $\pi_{old}$ penalised? (`divergence.py`)
 
@@ -50,7 +50,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row of the table. A simple training loop needs only `advantages` and `loss`."""
+    """One row of the table. A simple loop needs only `advantages` and `loss`; for `dr_grpo` also `token_weights`."""
 
     name: str
     label: str
@@ -65,7 +65,7 @@ class Algorithm:
     level: Level = per_token
     """Whether each token has its own ratio, or the tokens of a response share one."""
     epsilon_high: float | None = None
-    """The row's own upper clip bound, where it has one."""
+    """The row's own value for the upper clip bound 1 + epsilon_high, where it has one."""
     reference_kl: str = "loss"
     """Where `beta` acts: in the "loss", or as a penalty in the "reward"."""
 
@@ -93,7 +93,7 @@ class Algorithm:
         )
 
     def advantages(self, rewards: Tensor, lengths: Tensor, *, advantage_weight: str | None = None) -> Tensor:
-        r"""Compute (N, G) advantages. If all rewards are equal, they are 0.
+        r"""Compute (N, G) advantages. If all rewards are equal, all advantages are 0.
 
         For CPGD they are $(R - \mu) / (\sigma + 10^{-4})$ (arXiv 2505.12504; `advantages.py` names the other sources).
 

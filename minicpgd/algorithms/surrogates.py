@@ -3,7 +3,7 @@ r"""Surrogates: the quantity that training maximises. It is estimated on samples
 With $d = \log \pi_\theta - \log \pi_{old}$, $r = \exp(d)$ and the advantage $A$, each surrogate is a number per token
 to be *maximised*. At $r = 1$ all of them have the same gradient, $A$. They differ where r is far from 1:
 
-| surrogate | its gradient in $\log \pi_\theta$, not clipped | where A > 0, r large | where A < 0, r large |
+| surrogate | gradient in $\log \pi_\theta$ of an unclipped token | where A > 0, r large | where A < 0, r large |
 |---|---|---|---|
 | `log_ratio_free` | $A$ | $A$ | $A$ |
 | `log_ratio_clip` | $A$ | 0 | $A$ |
@@ -17,7 +17,7 @@ For small r the rows with $r A$ have a vanishing gradient. The others keep $A$ u
 The fourth row is PPO's, and so GRPO's, RLOO's and REINFORCE++'s. If the ratio of a bad token has risen, its gradient
 grows with the ratio, without bound. The second row is CPGD's: no ratio multiplies the advantage. With the drift,
 its gradient is $A - \alpha (r - 1)$, whose size can also grow with r. Take A < 0 and $\alpha = -A$: the gradient is
-$r A$, as in GRPO, up to r = 1 + c. (c is `drift_clip`, by default 2.)
+$r A$, as in GRPO, for r from $1 - \varepsilon$ to 1 + c. (c is `drift_clip`, by default 2.)
 
 In: `log_ratio` (d, nats), `logp` (nats) and `advantage` (A), each broadcastable to (B, T); the clip bounds `low` < 0 <
 `high`, which are log-ratios. Out: the objective, and the objective without its bound. A token counts as clipped where

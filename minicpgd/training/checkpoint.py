@@ -5,7 +5,8 @@ alone), the optimizer's moments, and a header with the loop's own values. It nee
 decides every draw of a step.
 
 In: a model, an optimizer, a step. Out: a file that appears as a whole or not at all. Its digest shows whether the disk
-changed it later. Loading a checkpoint runs no code.
+changed it later. Loading a checkpoint never runs code that is
+stored in it, as loading a pickle could.
 """
 
 import hashlib
@@ -74,7 +75,7 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
-            warn(one_line(f"{path}: damaged ({error}); going back to the one before"))
+            warn(one_line(f"{path}: damaged ({error}); it is not used"))
     return None
 
 

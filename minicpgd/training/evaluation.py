@@ -6,7 +6,8 @@ the probability that at least one of k tries is right. Its unbiased estimator, f
 
 $$ \mathrm{pass@}k = 1 - \binom{n-c}{k} \Big/ \binom{n}{k} $$
 
-In: a run, a model or a `Policy`, and a task. Out: fractions between 0 and 1, and lengths in tokens.
+In: a run, a model or a `Policy`, and a task. Out: fractions between 0 and 1, lengths in tokens, and
+perhaps a mean reward.
 """
 
 from math import comb
@@ -49,8 +50,9 @@ def evaluate(
 
     Returns:
         `accuracy` (greedy), `sampled_accuracy`, `pass@k` for k = 1, 2, 4, ... up to `num_samples`, and
-        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. If the run or `task` names a
-        reward function, the result also has `reward`, the mean reward of the greedy responses.
+        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. If `task` names a
+        reward function, or the run does and its own task is used, the result also has `reward`: the mean over the
+        greedy responses.
 
     Raises:
         UserError: there is no such model, the run has not finished, or a number is out of range.

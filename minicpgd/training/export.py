@@ -1,10 +1,11 @@
 r"""Export: add the adapter into the model's weights, for programs that know nothing of adapters.
 
-The result is W + (`lora_alpha` / `lora_r`) B A in full precision, with the adapter's matrices B and A. A run in 4 bit
-saw a rounded copy of W, never the published one. So the adapter can be added to one of two versions of W:
+W is a weight matrix of the model as published. The result is W + (`lora_alpha` / `lora_r`) B A in full precision, with
+the adapter's matrices B and A. A run in 4 bit used a rounded copy of W. So the adapter can be added to one of
+two versions of W:
 
 - `dequantised`: the rounded weights, written out in full. The result computes what the trained model does.
-- `full`: the weights as published. The adapter was not made for them.
+- `full`: W itself. The adapter was not made for them.
 
 The adapter is never added into the 4-bit weights themselves. They lie on a grid of 16 values, and a change smaller than
 half a step is rounded away. `docs/qlora.md` has the measurements.

@@ -1,7 +1,7 @@
 r"""The loop: step after step, each logged, some saved, until the end or until the caller says stop.
 
-`step.py` says what a step does. Here a run gets its folder, continues from a checkpoint, and ends in a state from which
-it can continue.
+`step.py` says what a step does. This file makes the run's folder, or resumes from a checkpoint. It saves a checkpoint
+after the last step, and also when the caller stops the run.
 
 In: a config. Out: the run's folder, which `run_folder.py` describes.
 """
@@ -27,7 +27,7 @@ from minicpgd.training.step import Learner
 class Callbacks:
     """What a run calls. `on_step` gets the step, its metrics and its timings; `on_warning` gets one line of text.
 
-    When `should_stop` returns true, the step is finished and saved, and the run ends.
+    When `should_stop` returns true, the step is finished and saved, and `train` returns. The run can then be resumed.
     """
 
     on_load: Callable[[Policy], None] = lambda policy: None
@@ -40,7 +40,7 @@ class Callbacks:
 def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = Callbacks()) -> Path:  # noqa: B008 (frozen)
     """Train, from the start or from the newest intact checkpoint of `config.folder`, and return that folder.
 
-    To resume, pass the config that is stored in the run's folder. Only `max_steps` may be larger.
+    To resume, pass the config that is stored in the run's folder. Its `max_steps` may be larger than the stored one.
 
     Raises:
         UserError: something cannot be loaded, resumed or written, a reward fails, or a new run's folder exists.
@@ -65,8 +65,9 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
                 try:
                     log = learner.step(step) if step else learner.evaluate_before_training()
                 except NonFiniteError as error:
+                    last = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
                     raise NonFiniteError(
-                        f"step {step}: {error}; the last good checkpoint is {saved or 'none yet'}. "
+                        f"step {step}: {error}; {last}. "
                         "In a new run, try a smaller learning_rate or fewer num_iterations, or algorithm=cpgd"
                     ) from error
                 stop = callbacks.should_stop()

@@ -36,7 +36,7 @@ class Experience:
 
 
 class Update(NamedTuple):
-    """One optimizer step, or one that was skipped because no response had an advantage."""
+    """One optimizer step, or one that was skipped because all advantages were 0."""
 
     outputs: list[LossOutput]  # one per micro-batch; their losses, from before the step, add up to the minibatch's
     grad_norm: float | None  # before clipping; None: skipped
@@ -67,7 +67,11 @@ class StepLog(NamedTuple):
 
 
 def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, config: TrainConfig) -> dict[str, float]:
-    """All metrics of a step. Ratios, KL and shares of clipped tokens are those of the last pass."""
+    """The metrics of a step, but for those of the held-out set.
+
+    Ratios, `kl_old` and shares of clipped tokens are those of the last pass. So is `kl_ref` if `beta` acts in the loss;
+    if it acts in the reward, `kl_ref` is that of the policy that sampled.
+    """
     rollout = experience.rollout
     # A response without a reward counts as the mean of its group.
     means = experience.rewards.nanmean(dim=1, keepdim=True).nan_to_num()

@@ -1,4 +1,4 @@
-"""A run is a folder that explains itself.
+"""A run's folder: settings, logs, checkpoints, weights.
 
     config.json       the settings
     metrics.jsonl     a line per step: what the run did; the same bytes whenever it is repeated on one machine
@@ -6,11 +6,11 @@
     samples.jsonl     some sampled responses, with reward and advantage
     passes.jsonl      for the same steps, a line per pass over the rollout: ratios, KL, shares of clipped tokens
     checkpoints/      the two newest (see checkpoint.py)
-    model/            without LoRA, the trained model, once the run has ended; transformers loads it
+    model/            without LoRA, the trained model, once all steps are done; transformers loads it
     adapter/          with LoRA, the trained adapter; PEFT loads it onto the model that `config.json` names
 
-The metrics of step 0 are those of the model before training, on the held-out set: `eval_accuracy` and `eval_reward` of
-greedy responses, and the rest of sampled ones.
+The metrics of step 0 are those of the model before training, on the held-out set: `eval_accuracy` and `eval_reward`
+come from greedy responses, the other metrics from sampled responses.
 
 In: settings, and the log of each step. Out: these files, or what `load_run` reads from them.
 """
@@ -160,7 +160,7 @@ def refuse_existing(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The writing side of a run's folder."""
+    """Writes the files of a run's folder. `load_run` reads them."""
 
     folder: Path
     config: TrainConfig
@@ -185,7 +185,7 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, config: TrainConfig) -> "RunFolder":
-        """Open the folder of a run that continues. Only `max_steps` may be larger than what is stored.
+        """Open the folder of a run that continues. All settings must equal the stored ones. `max_steps` may be larger.
 
         Raises:
             UserError: it is not a run, or another setting changed; the message names the settings.
@@ -227,7 +227,7 @@ class RunFolder:
             raise UserError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from error
 
     def truncate_after(self, step: int) -> list[int]:
-        """Remove the lines of all steps after `step`. Return the steps up to it that metrics.jsonl lacks."""
+        """Remove the lines of all steps after `step`. Return the steps that have no line left."""
         paths = [self.folder / f"{name}.jsonl" for name in LOGS]
         logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
         for path, rows in zip(paths, logs, strict=True):

@@ -39,7 +39,7 @@ class Generators(NamedTuple):
     problems: random.Random
     tokens: torch.Generator
     order: torch.Generator
-    step: int = 0  # A reward function is told it.
+    step: int = 0  # The number of the step, which reward functions may read.
 
 
 def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Generators:
@@ -82,7 +82,8 @@ class Learner:
         prompts = [problem["prompt"] for problem in problems]
         problems = [problem for problem in problems for _ in range(config.num_generations)]
         rollout = generate(self.policy, prompts, config.num_generations, config, generator=generators.tokens)
-        # In half precision, sampling token by token rounds differently from the updates. Compare like with like.
+        # In half precision, sampling token by token rounds differently from the forward pass of an update. So compute
+        # the old log-probabilities again, in such a forward pass.
         if self.policy.model.dtype != torch.float32:
             rollout = replace(rollout, logp=self.score(rollout))
 
@@ -131,8 +132,8 @@ class Learner:
     def update(self, experience: Experience, rows: Tensor) -> Update:
         """Make one optimizer step, in micro-batches, on the responses with the indices `rows`, (b,).
 
-        If the advantages of all these responses are 0, and no KL is in the loss, the optimizer step is skipped, and
-        the moments do not change. Otherwise Adam would turn tiny gradients of the drift into steps of full size.
+        If all responses that count in the loss have the advantage 0, and no KL is in the loss, the optimizer step is
+        skipped, and the moments do not change. In such a step Adam would enlarge tiny gradients of the drift.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite; this update does not change the weights.
@@ -157,7 +158,7 @@ class Learner:
                 )  # fmt: skip
                 if learns:
                     (scale * output.loss).backward()
-                # Drop the autograd graph. Its small nodes would keep the large blocks between them in use.
+                # Keep no autograd graph: it would keep memory in use.
                 outputs.append(replace(output, loss=output.loss.detach()))
             if not learns:
                 return Update(outputs, grad_norm=None)
