@@ -39,6 +39,7 @@ PAGES = {
     },
     "Results": {
         "results": "The studies",
+        "default": "How the default is chosen",
         "metrics": "Every metric",
         "peers": "Compared with TRL and verl",
         "reliability": "What can go wrong",

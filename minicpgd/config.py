@@ -3,17 +3,17 @@
 `TrainConfig` inherits five groups of settings, so it can be passed where one of them is wanted. Names are TRL's where
 TRL has the field. A config is checked when it is made, so one that exists can be run.
 
-In: values from Python, the command line, config.json. Out: a frozen dataclass, or one line that names the wrong field.
+In: values from Python, the command line, a file. Out: a frozen dataclass, or one line that names the wrong field.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpgd.errors import ConfigError, Range, check_choice, check_fields, short_repr
-from minicpgd.files import parse_json
 
 if TYPE_CHECKING:
     from minicpgd.algorithms import Algorithm, LossSettings
@@ -44,10 +44,14 @@ class ObjectiveSettings(Settings):
     """Ratios are clipped below at 1 - epsilon."""
     epsilon_high: Annotated[float | None, Range(0, 1e30, above=True)] = None
     """Ratios are clipped above at 1 + epsilon_high. None: the algorithm's own, else epsilon."""
-    drift_coef: Annotated[float | Literal["auto"], Range(0, 1e30)] = "auto"
-    """CPGD's alpha, the weight of the policy drift; auto: each rollout's largest |advantage| (our rule)."""
+    drift_coef: Annotated[float | Literal["auto", "adaptive"], Range(0, 1e30)] = "auto"
+    """CPGD's alpha, the weight of the policy drift; auto: each rollout's largest |advantage| (our rule); adaptive:
+    doubled or halved after each rollout, so that the KL approaches target_kl (PPO's rule)."""
     drift_clip: Positive = 2.0
     """CPGD's c: the drift's gradient never exceeds it."""
+    target_kl: Annotated[float | None, Range(0, 1e30, above=True)] = None
+    """End the passes over a rollout once a minibatch's KL from the policy that sampled exceeds this (nats per token).
+    With drift_coef adaptive no pass is ended. None: never."""
     beta: Weight = 0.0
     """Weight of the KL to the model that training started from."""
     advantage_weight: Literal["equal", "std", "clip_filter"] | None = None
@@ -59,6 +63,8 @@ class ObjectiveSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.drift_coef == "adaptive" and self.target_kl is None:
+            raise ConfigError("drift_coef = adaptive: it needs target_kl, the KL that it aims at; 0.003 is usual")
         # The default has drift. It is asked first, because `row` needs torch, which takes seconds to import.
         if self.algorithm == ObjectiveSettings.algorithm or self.row.drift or self.drift_coef == "auto":
             return
@@ -78,6 +84,11 @@ class ObjectiveSettings(Settings):
 
         check_choice("algorithm", self.algorithm, ALGORITHMS)
         return ALGORITHMS[self.algorithm].override(self.advantage_weight, self.aggregation, self.importance_level)
+
+    @property
+    def largest_kl(self) -> float:
+        """The KL of a minibatch at which the passes over a rollout end, in nats per token."""
+        return math.inf if self.target_kl is None or self.drift_coef == "adaptive" else self.target_kl
 
     def loss_settings(self, drift_coef: float) -> "LossSettings":
         """The numbers of the loss, with the `drift_coef` of one rollout."""
@@ -170,7 +181,7 @@ class SamplingSettings(Settings):
 
 @dataclass(frozen=True)
 class LoopSettings(Settings):
-    """The training loop: how many rollouts, how many updates on each, and what is logged."""
+    """The training loop: how many rollouts, how many updates on each, the optimizer, and what is logged."""
 
     output_dir: str = "runs/{algorithm}-seed{seed}"
     """The run's folder, which must not exist yet; {algorithm} and {seed} are filled in."""
@@ -193,7 +204,21 @@ class LoopSettings(Settings):
     optim: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
     """The optimizer. auto: paged_adamw_8bit with an adapter on a GPU, else adamw."""
     learning_rate: Positive = 1e-4
-    """Learning rate of AdamW (0.9, 0.999); it is constant, without weight decay."""
+    """AdamW's learning rate, the largest of the run."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up: not at all, or to 0 at the end of the run."""
+    warmup_steps: Annotated[int, Range(0, 10**9)] = 0
+    """Rollouts over which the learning rate rises linearly from 0."""
+    adam_beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
+    """How much of the mean gradient stays at each update. 0: no momentum."""
+    adam_beta2: Annotated[float, Range(0, 1, below=True)] = 0.999
+    """How much of the mean squared gradient stays at each update."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of the mean squared gradient, which divides the step."""
+    weight_decay: Weight = 0.0
+    """The share of each weight that an update removes, times the learning rate."""
+    reset_optimizer: bool = False
+    """Forget the optimizer's moments at each rollout."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     mask_truncated_completions: bool = False
@@ -269,32 +294,3 @@ class TrainConfig(LoopSettings, SamplingSettings, ModelSettings, TaskSettings, O
     def save(self, path: Path) -> None:
         """Write config.json."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-
-GROUPS: dict[str, type[Settings]] = {
-    "objective": ObjectiveSettings, "task": TaskSettings, "model": ModelSettings, "sampling": SamplingSettings,
-    "loop": LoopSettings,
-}  # fmt: skip
-
-
-def load_config(path: Path) -> TrainConfig:
-    """Read config.json.
-
-    Raises:
-        ConfigError: the file is not JSON, or a field is unknown or wrong. The line names file and field.
-    """
-    try:
-        values = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable config: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: unknown fields: no JSON object")
-    if "architectures" in values:
-        commands = "`minicpgd evaluate` and `minicpgd sample`"
-        raise ConfigError(f"{path}: a model's config, not a run's; {commands} take models")
-    if unknown := set(values) - {field.name for field in fields(TrainConfig)}:
-        raise ConfigError(f"{path}: unknown fields: {', '.join(sorted(unknown))}")
-    try:
-        return TrainConfig(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error

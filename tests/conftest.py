@@ -25,7 +25,10 @@ SMALL = {
 }
 
 
-SLOW_FILES = ["test_trl", "test_study", "test_notebooks", "test_determinism", "test_qlora", "test_cli_and_figures"]
+SLOW_FILES = [
+    "trl", "notebooks", "study", "memory", "resume", "qlora", "cli_and_figures", "readme_and_results", "determinism",
+    "policy_and_sampling", "other_models", "training",
+]  # fmt: skip
 
 
 def load_script(path):
@@ -53,7 +56,8 @@ def loss_of(
 
 def pytest_collection_modifyitems(items):
     """Start with the slow files, so that no worker is left alone with one at the end (--no-loadscope-reorder)."""
-    items.sort(key=lambda item: item.path.stem not in SLOW_FILES)  # The sort is stable.
+    names = [f"test_{name}" for name in SLOW_FILES]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from strategies import content, damaged, many, result_or_line, values
 
 from minicpgd import TrainConfig, evaluate, load_run, train
-from minicpgd.config import load_config
 from minicpgd.plots.published import save_figures
+from minicpgd.recipes import load_config
 from minicpgd.training import Callbacks, Learner, load_timings, open_policy
 from minicpgd.training.checkpoint import _digest, load_checkpoint, restore, save_checkpoint
 from minicpgd.training.run_folder import LOGS, RunFolder

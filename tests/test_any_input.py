@@ -16,8 +16,7 @@ from strategies import content, many, result_or_line, values
 
 from minicpgd import TrainConfig, train
 from minicpgd.cli.main import COMMANDS, main
-from minicpgd.config import load_config
-from minicpgd.recipes import KNOWN, load_recipe
+from minicpgd.recipes import KNOWN, load_config, load_recipe
 
 FIELDS = {field.name: field.default for field in fields(TrainConfig)}
 TINY = {

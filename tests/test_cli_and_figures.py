@@ -13,8 +13,9 @@ from rich.console import Console
 
 import minicpgd
 from minicpgd import UserError, load_run, plots, train
+from minicpgd.cli.flags import GROUPS
 from minicpgd.cli.main import COMMANDS, main
-from minicpgd.config import GROUPS, TrainConfig
+from minicpgd.config import TrainConfig
 from minicpgd.experiments import outcome, run_all
 from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.models import EMBEDDED, load_policy

@@ -1,6 +1,8 @@
 """Other people's models: each is sampled and scored alike, or refused in one line before anything is learned."""
 
 import json
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -14,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from minicpgd import TrainConfig, UserError, evaluate, load_run, train
 from minicpgd.cli.main import main
 from minicpgd.config import ModelSettings, SamplingSettings, TaskSettings
+from minicpgd.models import sampling
 from minicpgd.models.logprobs import num_positions, position_ids, split_network, token_logprobs
 from minicpgd.models.lora import add_adapter
 from minicpgd.models.policy import EMBEDDED, load_policy
-from minicpgd.models.sampling import check_sampler, generate
+from minicpgd.models.sampling import check_sampler, generate, largest_gap
 from minicpgd.training import export
 
 SIZES = {
@@ -174,6 +177,62 @@ def test_a_scorer_that_disagrees_with_the_sampler_is_refused(scale, is_refused, 
             check_sampler(*check)
     else:
         check_sampler(*check)
+
+
+def test_the_check_samples_four_short_responses_to_each_prompt(policy, monkeypatch):
+    """It uses the run's temperature, and leaves the model in training mode, as it found it."""
+    asked, modes = [], []
+
+    def record(policy, prompts, num_generations, settings, *, generator):
+        asked.append((prompts, num_generations, settings, generator.initial_seed()))
+        return generate(policy, prompts, num_generations, settings, generator=generator)
+
+    monkeypatch.setattr(sampling, "generate", record)
+    policy.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    policy.model.train()
+    for limit in (64, 5):
+        check_sampler(policy, ["1+2=", "7*8+1="], SamplingSettings(limit, 0.5, top_k=3))
+    wanted = [(["1+2=", "7*8+1="], 4, SamplingSettings(min(limit, 16), 0.5), 0) for limit in (64, 5)]
+    assert asked == wanted
+    assert policy.model.training
+    assert set(modes) == {False}
+
+
+def test_the_check_passes_a_full_memory_on_and_names_every_other_error(policy):
+    def fail(error):
+        policy.model.forward = lambda **_: (_ for _ in ()).throw(error)
+        check_sampler(policy, ["1+2="], SamplingSettings())
+
+    with pytest.raises(RuntimeError, match="^not enough memory"):
+        fail(RuntimeError("not enough memory: 8 bytes"))
+    name = re.escape(policy.name)
+    with pytest.raises(UserError, match=f"^{name}: cannot be sampled from token by token: RuntimeError: no luck$"):
+        fail(RuntimeError("no luck"))
+
+
+def test_the_gap_is_the_largest_in_float32_and_the_mean_in_half_precision():
+    differences = torch.tensor([0.5, -2.0, 1.0, 0.5])
+    assert largest_gap(differences, torch.float32) == (2.0, 0.01)
+    assert largest_gap(differences, torch.bfloat16) == (1.0, 25 / 2**7)
+    assert largest_gap(differences, torch.float16) == (1.0, 25 / 2**10)
+
+
+@pytest.mark.parametrize(("gap", "is_refused"), [(0.25, False), (0.26, True), (float("nan"), True)])
+def test_a_gap_may_be_as_large_as_the_limit(gap, is_refused, policy, monkeypatch):
+    monkeypatch.setattr(sampling, "largest_gap", lambda *_: (gap, 0.25))
+    words = "the log-probability of a token when it is sampled and when it is scored"
+    line = f"{policy.name}: {words} differ by {gap:.2g} nats; at most 0.25 is right"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$") if is_refused else nullcontext():
+        check_sampler(policy, ["1+2="], SamplingSettings())
+
+
+def test_nothing_follows_the_end_of_a_response(policy):
+    rollout = generate(policy, ["1+2=", "7*8+1-4="], 16, generator=torch.Generator().manual_seed(0))
+    ends = torch.isin(rollout.completion_ids, policy.eos_ids) & rollout.mask
+    assert rollout.lengths.unique().numel() >= 3
+    for row in range(32):
+        last = [] if rollout.truncated[row] else [rollout.lengths[row].item() - 1]
+        assert ends[row].nonzero().flatten().tolist() == last
 
 
 # The end of a response, the vocabulary, and the positions

@@ -53,8 +53,8 @@ def parameters(node, is_method):
     return names[1:] if is_method and names[:1] in (["self"], ["cls"]) else names
 
 
-def test_the_package_has_at_most_8900_lines():
-    assert sum(map(count_lines, PATHS)) <= 8900
+def test_the_package_has_at_most_9200_lines():
+    assert sum(map(count_lines, PATHS)) <= 9200
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name_of)
@@ -130,8 +130,8 @@ def test_the_choices_of_a_setting_are_the_keys_of_its_table():
     choices = {field.name: literals(hints[field.name]) for field in fields(TrainConfig)}
     for name, table in TABLES.items():
         assert sorted(choices.pop(name)) == sorted(table), name
-    assert {name for name, values in choices.items() if values} == {"drift_coef", "dtype", "optim"}
-    assert choices["drift_coef"] == ["auto"]
+    assert {name for name, values in choices.items() if values} == {"drift_coef", "dtype", "lr_scheduler_type", "optim"}
+    assert choices["drift_coef"] == ["auto", "adaptive"]
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in choices["dtype"] if name != "auto")
 
 

@@ -23,7 +23,7 @@ METRICS = (
     "reward reward_std frac_reward_zero_std accuracy completion_length frac_truncated advantage_min "
     "advantage_max drift_coef entropy kl_old "
     "ratio_min ratio_p01 ratio_p99 ratio_max clip_frac_pos clip_frac_neg grad_norm loss learning_rate "
-    "skipped_updates eval_accuracy eval_reward step"
+    "updates skipped_updates eval_accuracy eval_reward step"
 ).split()
 TIMINGS = "step rollout_seconds update_seconds tokens_per_second peak_memory_bytes".split()
 

@@ -13,6 +13,7 @@ from conftest import loss_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from minicpgd import ALGORITHMS
+from minicpgd.algorithms import adaptive_drift_coef
 from minicpgd.errors import ConfigError, UserError
 from minicpgd.models import EMBEDDED
 
@@ -261,7 +262,7 @@ def are_dropped(trainer, *micro_batches):
     """Say whether an optimizer step on these micro-batches has lost its gradients."""
     for inputs in micro_batches:
         trainer._compute_loss(trainer.model, inputs).backward()
-    trainer.skip_if_idle(torch.optim.SGD(trainer.model.parameters(), lr=0.1))
+    trainer.before_optimizer_step(torch.optim.SGD(trainer.model.parameters(), lr=0.1))
     gradients = [parameter.grad for parameter in trainer.model.parameters()]
     trainer.model.zero_grad()
     assert len({gradient is None for gradient in gradients}) == 1
@@ -294,6 +295,59 @@ def test_a_step_is_skipped_only_if_there_is_nothing_to_learn(make, monkeypatch):
 def test_a_kl_in_the_loss_has_something_to_learn_without_advantages(make, name, dropped):
     trainer = make(algorithm=name, beta=0.1, num_iterations=2)
     assert are_dropped(trainer, first_batch(trainer) | {"advantages": torch.zeros(8)}) is dropped
+
+
+def test_no_step_is_made_on_a_rollout_after_its_kl_has_exceeded_the_bound(make):
+    """The next rollout begins again. The KL of a step is measured before it, as in our own loop."""
+    settings = {"num_iterations": 6, "learning_rate": 5e-3, "lr_scheduler_type": "constant", "weight_decay": 0.1}
+    free = make(max_steps=6, **settings)
+    free.train()
+    kls = [line["kl_old"] for line in free.state.log_history if "loss" in line]
+    first = next(i for i, kl in enumerate(kls) if kl > kls[1])
+    assert 1 < first < 5
+
+    stopped, snapshots = make(max_steps=12, target_kl=kls[1] * 1.0001, **settings), Snapshots()
+    stopped.add_callback(snapshots)
+    stopped.train()
+    log = [line for line in stopped.state.log_history if "loss" in line]
+    assert [line["updates"] for line in log[:7]] == [1] * first + [0] * (6 - first) + [1]
+    assert {line["skipped_updates"] for line in log} == {0}
+    assert [line["kl_old"] for line in log[: first + 1]] == pytest.approx(kls[: first + 1])
+    for later in range(first, 6):
+        assert equal(snapshots.weights[first - 1], snapshots.weights[later])
+        assert equal(snapshots.states[first - 1], snapshots.states[later])
+    assert not equal(snapshots.weights[5], snapshots.weights[6])
+
+
+@pytest.mark.parametrize("times", [0.5, 1, 2])
+def test_the_adaptive_coefficient_follows_the_last_pass_over_each_rollout(make, times):
+    """A rollout whose rewards are all equal changes nothing."""
+    settings = {"num_iterations": 2, "max_steps": 6, "learning_rate": 1e-3}
+    free = make(**settings)
+    free.train()
+    kl = next(line["kl_old"] for line in free.state.log_history if line.get("kl_old"))
+    trainer = make(drift_coef="adaptive", target_kl=kl * times, **settings)
+    trainer.train()
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    wanted = [1.0]
+    for last in (1, 3):
+        follows = adaptive_drift_coef(wanted[-1], log[last]["kl_old"], kl * times)
+        wanted.append(follows if log[last]["updates"] else wanted[-1])
+    assert wanted[1] == {0.5: 2, 1: 1, 2: 0.5}[times]
+    assert [line["drift_coef"] for line in log] == [wanted[i // 2] for i in range(6)]
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_the_moments_may_start_afresh_at_each_rollout(make, reset):
+    trainer, counts = make(num_iterations=2, max_steps=4, reset_optimizer=reset), []
+
+    class CountSteps(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **_):
+            counts.append({int(slots["step"]) for slots in optimizer.state.values()})
+
+    trainer.add_callback(CountSteps())
+    trainer.train()
+    assert counts == [{1}, {2}, {1}, {2}] if reset else [{1}, {2}, {3}, {4}]
 
 
 def test_a_truncated_response_keeps_its_length_in_a_mean_over_tokens(make):
@@ -459,7 +513,7 @@ def test_a_run_logs_trls_metrics_and_ours_and_can_evaluate(make):
     ("settings", "line"),
     [
         ({"algorithm": "gpro"}, "algorithm = 'gpro': did you mean 'grpo'"),
-        ({"drift_coef": "atuo"}, "drift_coef = 'atuo': float or auto expected"),
+        ({"drift_coef": "atuo"}, "drift_coef = 'atuo': float or auto or adaptive expected"),
         ({"drift_coef": "2.5", "algorithm": "grpo"}, "drift_coef = 2.5: grpo has no drift"),
         ({"epsilon": 2.0}, "epsilon = 2.0: it has to be less than 1"),
         ({"aggregation": "mean"}, "aggregation = 'mean': did you mean"),

@@ -7,11 +7,20 @@ metrics. This package needs torch and nothing else. Read `surrogates.py`, `loss.
 from minicpgd.algorithms.advantages import WEIGHTS
 from minicpgd.algorithms.aggregation import AGGREGATIONS
 from minicpgd.algorithms.divergence import bounded_drift, exact_kl, k1, k2, k3
-from minicpgd.algorithms.loss import Algorithm, LossOutput, LossSettings, auto_drift_coef, token_metrics
+from minicpgd.algorithms.loss import (
+    Algorithm,
+    LossOutput,
+    LossSettings,
+    adaptive_drift_coef,
+    auto_drift_coef,
+    mean_kl,
+    token_metrics,
+)
 from minicpgd.algorithms.surrogates import LEVELS
 from minicpgd.algorithms.table import ALGORITHMS, display_name
 
 __all__ = [
-    "AGGREGATIONS", "ALGORITHMS", "LEVELS", "WEIGHTS", "Algorithm", "LossOutput", "LossSettings", "auto_drift_coef",
-    "bounded_drift", "display_name", "exact_kl", "k1", "k2", "k3", "token_metrics",
+    "AGGREGATIONS", "ALGORITHMS", "LEVELS", "WEIGHTS", "Algorithm", "LossOutput", "LossSettings",
+    "adaptive_drift_coef", "auto_drift_coef", "bounded_drift", "display_name", "exact_kl", "k1", "k2", "k3", "mean_kl",
+    "token_metrics",
 ]  # fmt: skip

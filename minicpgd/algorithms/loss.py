@@ -40,8 +40,8 @@ class LossSettings:
     """Ratios are clipped below at 1 - epsilon."""
     epsilon_high: float | None = None
     """Ratios are clipped above at 1 + epsilon_high. None: the row's own value, else epsilon."""
-    drift_coef: float = 1.0
-    """CPGD's alpha, the weight of the policy drift, for rows with drift."""
+    drift_coef: float | Tensor = 1.0
+    """CPGD's alpha, the weight of the policy drift, for rows with drift; or (B,), one weight per response."""
     drift_clip: float = 2.0
     """CPGD's c: the gradient of the drift never exceeds it."""
     beta: float = 0.0
@@ -143,7 +143,8 @@ class Algorithm:
         objective, unclipped = self.surrogate(self.level(d, inside), A, torch.where(inside, logp, 0.0), low, high)
         token_loss = -objective
         if self.drift:
-            token_loss = token_loss + settings.drift_coef * bounded_drift(d, settings.drift_clip)
+            alpha = torch.as_tensor(settings.drift_coef, dtype=d.dtype, device=d.device).reshape(-1, 1)
+            token_loss = token_loss + alpha * bounded_drift(d, settings.drift_clip)
         ref_kl = None
         if settings.beta and self.reference_kl == "loss":
             if ref_logp is None:
@@ -228,3 +229,20 @@ def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
     """
     largest = advantages.abs().max().item()
     return largest if largest > 0 else previous
+
+
+def adaptive_drift_coef(coefficient: float, kl: float, target_kl: float) -> float:
+    r"""The next coefficient that `drift_coef="adaptive"` sets: PPO's rule (arXiv 1707.06347, section 4).
+
+    If the KL of a rollout's last pass exceeds 1.5 times the target, $\alpha$ is doubled. If it is below the target
+    divided by 1.5, $\alpha$ is halved. KLs are in nats per token. $\alpha$ stays between $2^{-20}$ and $2^{20}$.
+    """
+    if kl > 1.5 * target_kl:
+        return min(2 * coefficient, 2.0**20)
+    return max(coefficient / 2, 2.0**-20) if kl < target_kl / 1.5 else coefficient
+
+
+def mean_kl(outputs: Sequence[LossOutput]) -> float:
+    r"""The mean k3 of all tokens, from $\pi_{old}$ to $\pi_\theta$, nats (Schulman 2020); 0 without tokens."""
+    d = torch.cat([o.log_ratio[o.mask] for o in outputs]).double()
+    return k3(d).mean().item() if len(d) else 0.0

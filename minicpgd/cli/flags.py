@@ -5,7 +5,15 @@ from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
-from minicpgd.config import LoopSettings, ModelSettings, ObjectiveSettings, SamplingSettings, TaskSettings, TrainConfig
+from minicpgd.config import (
+    LoopSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    SamplingSettings,
+    Settings,
+    TaskSettings,
+    TrainConfig,
+)
 
 Objective = Annotated[ObjectiveSettings, OmitArgPrefixes]
 Task = Annotated[TaskSettings, OmitArgPrefixes]
@@ -13,6 +21,10 @@ Model = Annotated[ModelSettings, OmitArgPrefixes]
 Sampling = Annotated[SamplingSettings, OmitArgPrefixes]
 Loop = Annotated[LoopSettings, OmitArgPrefixes]
 Flag = FlagCreatePairsOff[bool]
+GROUPS: dict[str, type[Settings]] = {
+    "objective": ObjectiveSettings, "task": TaskSettings, "model": ModelSettings, "sampling": SamplingSettings,
+    "loop": LoopSettings,
+}  # fmt: skip
 
 
 def changed_flags(config: TrainConfig, default: TrainConfig) -> list[str]:

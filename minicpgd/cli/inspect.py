@@ -10,8 +10,9 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from minicpgd.cli.flags import Flag
 from minicpgd.cli.progress import console
-from minicpgd.config import TEMPERATURES, ModelSettings, SamplingSettings, TaskSettings, TrainConfig, load_config
+from minicpgd.config import TEMPERATURES, ModelSettings, SamplingSettings, TaskSettings, TrainConfig
 from minicpgd.errors import Range, UserError
+from minicpgd.recipes import load_config
 
 Base = Literal["full", "dequantised"]
 

@@ -15,9 +15,10 @@ import tyro
 
 from minicpgd import __version__
 from minicpgd.cli import inspect, plan, study, train
-from minicpgd.config import GROUPS, TrainConfig, load_config
+from minicpgd.cli.flags import GROUPS
+from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError, is_out_of_memory, one_line
-from minicpgd.recipes import load_recipe
+from minicpgd.recipes import load_config, load_recipe
 
 _ON_RUNS = (inspect.evaluate, inspect.sample, inspect.export, inspect.plot)
 _COMMANDS = (study.demo, train.train, plan.memory, *_ON_RUNS, study.study, study.pretrain)

@@ -30,11 +30,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from minicpgd.config import TrainConfig, load_config
+from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError, UserError
 from minicpgd.experiments.outcome import DIVERGED, outcome
 from minicpgd.files import versions, write_atomically
 from minicpgd.models.policy import quiet
+from minicpgd.recipes import load_config
 from minicpgd.training.loop import train
 from minicpgd.training.run_folder import read_lines, run_seconds
 

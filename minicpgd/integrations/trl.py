@@ -3,9 +3,9 @@
 TRL does everything else: several GPUs (accelerate, FSDP, DeepSpeed), vLLM, adapters, 4 bit, chat templates, tools,
 logging, checkpoints. docs/scale.md has an example and translates our names into TRL's. `launch.py` trains on our tasks.
 
-In: a reward function and a dataset, as for GRPOTrainer. Out: what GRPOTrainer writes; its log also has `kl_old`,
-`ratio_min`, `ratio_max`, `clip_frac_pos`, `clip_frac_neg`, `drift_coef` and `skipped_updates`. You may change every
-field of `CPGDConfig` except those in `NOT_OURS`, which only TRL's own losses read. This file needs the extra `trl`.
+In: a reward function and a dataset, as for GRPOTrainer. Out: what GRPOTrainer writes; its log also has our metrics from
+`kl_old` to `skipped_updates`. You may change every field of `CPGDConfig` except those in `NOT_OURS`, which only TRL's
+own losses read. This file needs the extra `trl`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minicpgd.algorithms import LossOutput, auto_drift_coef, token_metrics
+from minicpgd.algorithms import LossOutput, adaptive_drift_coef, auto_drift_coef, k3, token_metrics
 from minicpgd.algorithms.aggregation import token_mean
 from minicpgd.config import ObjectiveSettings
 from minicpgd.errors import ConfigError, UserError
@@ -46,22 +46,22 @@ NOT_OURS = {
     "off_policy_mask_threshold": "the drift",
     "use_bias_correction_kl": "beta, on k3 as it is",
 }  # fields of TRL's config, and what replaces each
-DRIFT_COEF = (
-    "drift_coef.json"  # A checkpoint has it, because "auto" keeps the last value if a rollout has no advantage.
-)
+DRIFT_COEF = "drift_coef.json"  # A checkpoint has it, because "auto" and "adaptive" start from the last value.
 
 
 @dataclass
 class CPGDConfig(GRPOConfig):
-    """TRL's GRPOConfig with six fields of ours, which mean the same as in `minicpgd.TrainConfig`.
+    """TRL's GRPOConfig with eight fields of ours, which mean the same as in `minicpgd.TrainConfig`.
 
     Raises:
         ConfigError: a field of ours is wrong, or one of TRL's is set that our losses would not read.
     """
 
     algorithm: str = field(default="cpgd", metadata={"help": "A row of minicpgd's table."})
-    drift_coef: str = field(default="auto", metadata={"help": "Alpha: a number, or auto for max |A| of each rollout."})
+    drift_coef: str = field(default="auto", metadata={"help": "Alpha: a number, or auto or adaptive."})
     drift_clip: float = field(default=2.0, metadata={"help": "The largest slope of the drift, c."})
+    target_kl: float | None = field(default=None, metadata={"help": "Make no more updates on a rollout above this KL."})
+    reset_optimizer: bool = field(default=False, metadata={"help": "Forget the moments at each rollout."})
     advantage_weight: str | None = field(default=None, metadata={"help": "equal, std or clip_filter; None: the row's."})
     aggregation: str | None = field(default=None, metadata={"help": "How tokens share one mean; None: the row's."})
     importance_level: str | None = field(default=None, metadata={"help": "Where the ratio is taken; None: the row's."})
@@ -89,9 +89,9 @@ class CPGDTrainer(GRPOTrainer):
     next rollout. TRL's `clip_ratio/*` count tokens beyond the bounds, also for a row that does not clip.
 
     A response for which every reward function returned None has the advantage 0. If no response of an optimizer step
-    has an advantage, there is nothing to learn, and the step is skipped: weights and the optimizer's moments keep their
-    values. It is made all the same if `beta` acts in the loss, if experts are balanced, with DeepSpeed, and in float16,
-    where the optimizer does not wait for the trainer or counts on having gradients.
+    has an advantage, the step is skipped: weights and moments keep their values. It is made all the same if `beta` acts
+    in the loss, or if experts are balanced. Once the KL of a step exceeds `target_kl`, it and the rest of the rollout's
+    steps are skipped. With DeepSpeed and in float16 no step is skipped, because the optimizer needs its gradients.
 
     Raises:
         ConfigError: `args` is no CPGDConfig; or `beta` is a penalty in the reward, with one update per rollout, for
@@ -110,7 +110,7 @@ class CPGDTrainer(GRPOTrainer):
             raise ConfigError(f"args is a {type(self.args).__name__}: CPGDTrainer takes a CPGDConfig")
         self.objective = self.args.objective()
         self.algorithm = self.objective.row
-        self.drift_coef = 1.0 if self.args.drift_coef == "auto" else float(self.args.drift_coef)
+        self.drift_coef = 1.0 if isinstance(self.args.drift_coef, str) else self.args.drift_coef
         _, upper = self.algorithm.clip_bounds(self.args.epsilon, self.args.epsilon_high)
         self.epsilon_high = upper - 1  # TRL's metrics read it. A row may have its own.
         self._rewards: Tensor  # (B of all processes, reward functions), from TRL's last rollout
@@ -118,8 +118,11 @@ class CPGDTrainer(GRPOTrainer):
         self._scored: tuple[Tensor, Tensor, Tensor | None]  # a micro-batch's logp and entropy (B, T); the experts' loss
         self._counted: tuple[list, Tensor] = ([], torch.empty(0))  # a rollout's micro-batches, and the tokens in each
         self._learns: Tensor | bool = False  # whether a response of this optimizer step has an advantage
-        self._skipped = 0  # optimizer steps since the last log
-        self.add_callback(_SkipIdleSteps(self))
+        self._made, self._skipped = 0, 0  # optimizer steps since the last log
+        self._kl = torch.zeros(2, dtype=torch.float64)  # the sum of k3 in this optimizer step, and the number of tokens
+        self._kls: list[Tensor] = []  # the same of all processes, for each optimizer step on this rollout
+        self._learned, self._stopped = False, False  # whether one of them was made; whether one exceeded target_kl
+        self.add_callback(_BeforeOptimizerStep(self))
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> Tensor:
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
@@ -154,14 +157,24 @@ class CPGDTrainer(GRPOTrainer):
         lengths = mask.sum(dim=1)  # 0 for responses dropped by mask_truncated_completions
         lengths = self.accelerator.gather(torch.where(lengths > 0, lengths, self._lengths))
         advantages = self.algorithm.advantages(rewards.view(-1, group), lengths.view(-1, group)).flatten()
-        if self.args.drift_coef == "auto" and self.model.training:
-            self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
+        if self.model.training:
+            self._begin_rollout(advantages)
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(advantages))):
             logged.pop()
         logged.extend(advantages.tolist())
         local = len(rollout["advantages"])
         return rollout | {"advantages": advantages[self.accelerator.process_index * local :][:local]}
+
+    def _begin_rollout(self, advantages: Tensor) -> None:
+        """Set the drift's coefficient, from the advantages or from the KL of the last pass over the rollout before."""
+        if self.args.drift_coef == "auto":
+            self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
+        elif self.args.drift_coef == "adaptive" and self._learned and self.args.target_kl:
+            per_pass = max(1, self.args.steps_per_generation // self.args.gradient_accumulation_steps)
+            total, tokens = torch.stack(self._kls[-per_pass:]).sum(dim=0).tolist()
+            self.drift_coef = adaptive_drift_coef(self.drift_coef, total / max(tokens, 1), self.args.target_kl)
+        self._kls, self._learned, self._stopped = [], False, False
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's next micro-batch, with its `share` of the optimizer step.
@@ -216,23 +229,31 @@ class CPGDTrainer(GRPOTrainer):
         share = 1 / self.current_gradient_accumulation_steps if self.model.training else 1.0
         return output.loss + share * self.router_aux_loss_coef * aux_loss
 
-    def skip_if_idle(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop all gradients before an optimizer step without any advantage, so that the optimizer changes nothing."""
-        learns = self.accelerator.reduce(torch.as_tensor(self._learns, device=self.accelerator.device).float())
-        self._learns = False
+    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop all gradients where no step is to be made, so that the optimizer changes nothing."""
+        local = torch.cat([torch.as_tensor(self._learns).cpu().double().view(1), self._kl])
+        learns, kl, tokens = self.accelerator.reduce(local.to(self.accelerator.device)).tolist()
+        self._learns, self._kl = False, torch.zeros_like(self._kl)
+        if self.args.reset_optimizer and not self._kls:
+            optimizer.state.clear()
+        self._stopped |= kl > self.objective.largest_kl * tokens
+        self._kls.append(torch.tensor([kl, tokens], dtype=torch.float64))
         kl_in_loss = self.beta != 0 and self.algorithm.reference_kl == "loss"
+        is_idle = not (learns or kl_in_loss or self.aux_loss_enabled)
         needs_gradients = self.is_deepspeed_enabled or self.accelerator.scaler is not None
-        if learns or kl_in_loss or self.aux_loss_enabled or needs_gradients:
+        if needs_gradients or not (is_idle or self._stopped):
+            self._made, self._learned = self._made + 1, True
             return
-        self._skipped += 1
+        self._skipped += 0 if self._stopped else 1
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, with the number of skipped steps since the last one."""
+        """TRL's log, with the numbers of steps that were made and skipped since the last one."""
         if "loss" in logs:
-            logs, self._skipped = logs | {"skipped_updates": self._skipped}, 0
+            logs = logs | {"updates": self._made, "skipped_updates": self._skipped}
+            self._made, self._skipped = 0, 0
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -251,8 +272,9 @@ class CPGDTrainer(GRPOTrainer):
         means = ("kl_old", "clip_frac_pos", "clip_frac_neg")
         local = dict.fromkeys(means, 0.0) | {"ratio_min": 1.0, "ratio_max": 1.0} | token_metrics([output])
         tokens = output.mask.sum().double()
-        sums = tokens * tokens.new_tensor([1.0, *(local[name] for name in means)])
-        sums = self.accelerator.reduce(sums, reduction="sum")
+        if self.model.training:
+            self._kl += torch.stack([k3(output.log_ratio[output.mask].double()).sum(), tokens]).cpu()
+        sums = self.accelerator.reduce(tokens * tokens.new_tensor([1.0, *(local[name] for name in means)]))
         ends = self.accelerator.gather(tokens.new_tensor([[-local["ratio_min"], local["ratio_max"]]])).amax(dim=0)
         metrics = dict(zip(means, (sums[1:] / sums[0].clamp(min=1)).tolist(), strict=True))
         metrics |= {"ratio_min": -ends[0].item(), "ratio_max": ends[1].item()}
@@ -262,14 +284,14 @@ class CPGDTrainer(GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
 
-class _SkipIdleSteps(TrainerCallback):
+class _BeforeOptimizerStep(TrainerCallback):
     """Tells the trainer when gradients are complete. It is called after they are clipped."""
 
     def __init__(self, trainer: CPGDTrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        self.trainer.skip_if_idle(optimizer)
+        self.trainer.before_optimizer_step(optimizer)
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:

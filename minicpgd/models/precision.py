@@ -5,9 +5,11 @@ the extra `qlora` are imported here, only when they are needed.
 """
 
 import importlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,14 +73,42 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def make_optimizer(config: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
-    """AdamW without weight decay, for the trained parameters of a model. `paged_adamw_8bit` keeps moments in 8 bit."""
+    """AdamW for the trained parameters of a model. `paged_adamw_8bit` keeps the moments in 8 bit."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }  # fmt: skip
     on_card = model.device.type == "cuda"
     if config.optim == "paged_adamw_8bit" or (config.optim == "auto" and config.lora_r and on_card):
         bnb = import_extra("bitsandbytes")
         kind = bnb.optim.PagedAdamW8bit if on_card else bnb.optim.AdamW8bit  # A CPU cannot page.
-        return kind(trained, lr=config.learning_rate, weight_decay=0.0)
-    return torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
+        return kind(trained, **settings)
+    return torch.optim.AdamW(trained, **settings, fused=True)
+
+
+def start_rollout(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
+    """Set the learning rate of a step (from 1 on), forget the moments if `reset_optimizer`, and return the rate."""
+    rate = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if config.reset_optimizer:
+        optimizer.state.clear()
+    return rate
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step, from 1 on, as in the schedules of transformers, whose steps count from 0.
+
+    Over the first `warmup_steps` rollouts it rises linearly from 0. Then it stays, or falls to 0 over the rest of the
+    run, as a line or as half a cosine. All updates of a rollout share one rate.
+    """
+    done, warmup = step - 1, config.warmup_steps
+    if done < warmup:
+        return config.learning_rate * done / warmup
+    progress = (done - warmup) / max(1, config.max_steps - warmup)
+    factors = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.learning_rate * factors[config.lr_scheduler_type]
 
 
 def import_extra(package: str) -> ModuleType:

@@ -145,12 +145,10 @@ def generate(
     )  # fmt: skip
 
 
-@torch.no_grad()
 def check_sampler(policy: Policy, prompts: Sequence[Prompt], settings: SamplingSettings) -> None:
-    """Sample a few short responses, score them, and compare the log-probabilities.
+    """Sample a few short responses, score them, and compare the log-probabilities (`largest_gap`).
 
-    Both have to be those of one distribution, or the ratio means nothing. In half precision, caches and batches round
-    differently; so the mean difference may be 25 times the dtype's resolution. In float32, each may be 0.01 nats.
+    Both have to be those of one distribution, or the ratio means nothing.
 
     Raises:
         UserError: the model cannot be sampled from or scored, or the log-probabilities differ.
@@ -168,12 +166,22 @@ def check_sampler(policy: Policy, prompts: Sequence[Prompt], settings: SamplingS
         raise UserError(f"{policy.name}: cannot be sampled from token by token: {describe_error(error)}") from error
     finally:
         model.train(was_training)
-    gaps = (scored - rollout.logp)[rollout.mask].abs()
-    is_exact = model.dtype == torch.float32
-    gap, most = (gaps.max(), 0.01) if is_exact else (gaps.mean(), 25 * torch.finfo(model.dtype).eps)
+    gap, most = largest_gap((scored - rollout.logp)[rollout.mask], model.dtype)
     if not gap <= most:
         what = "the log-probability of a token when it is sampled and when it is scored"
         raise UserError(f"{policy.name}: {what} differ by {gap:.2g} nats; at most {most:.2g} is right")
+
+
+def largest_gap(differences: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """How far log-probabilities of the same tokens differ, and how far they may, in nats; `differences` has any shape.
+
+    In float32 each may differ by 0.01. In half precision, caches and batches round differently, so the mean difference
+    counts. It may be 25 times the dtype's resolution.
+    """
+    gaps = differences.abs()
+    if dtype == torch.float32:
+        return gaps.max().item(), 0.01
+    return gaps.mean().item(), 25 * torch.finfo(dtype).eps
 
 
 def _sample_batch(
@@ -205,8 +213,7 @@ def _sample_batch(
         if generator is None:
             token = logits.argmax(-1)
         else:
-            limited = settings.top_k > 0 or settings.top_p < 1
-            likely = _apply_top_k_top_p(logits, settings) if limited else logits
+            likely = _apply_top_k_top_p(logits, settings)
             token = torch.multinomial(likely.softmax(-1), 1, generator=generator).squeeze(1)
         token_logp, token_entropy = logp_and_entropy(logits, token)
 

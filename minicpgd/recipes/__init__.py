@@ -1,6 +1,7 @@
-"""Recipes: settings for a real model on a real card, each in a small YAML file in this folder.
+"""Settings in files: recipes for a real model on a real card, and the config.json of a run.
 
-In: the name of a recipe, or the path of a YAML file of your own. Out: a `Recipe`. Each line under `train` is a flag of
+In: the path of a config.json; or the name of a recipe, or the path of a YAML file of your own. Out: a config; or a
+`Recipe`, which has one. Each recipe of ours is a small YAML file in this folder. Each line under `train` is a flag of
 `minicpgd train`, and a flag on the command line overrides it. `expect` has the memory that the run will need, and how
 that is known. You may add a file.
 """
@@ -15,8 +16,9 @@ import yaml
 
 from minicpgd.config import TrainConfig
 from minicpgd.errors import ConfigError, did_you_mean, short_repr
+from minicpgd.files import parse_json
 
-__all__ = ["FOLDER", "KNOWN", "Recipe", "load_recipe"]
+__all__ = ["FOLDER", "KNOWN", "Recipe", "load_config", "load_recipe"]
 FOLDER = Path(__file__).parent
 KNOWN = sorted(path.stem for path in FOLDER.glob("*gb.yaml"))
 
@@ -85,3 +87,26 @@ def _check_names(path: Path, content: Any) -> None:
             setting = short_repr(key).strip("'")
             hint = f"; {did_you_mean(setting, known)}".rstrip("; ")
             raise ConfigError(f"{path}: {name}: {setting}: no such setting{hint}")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read config.json.
+
+    Raises:
+        ConfigError: the file is not JSON, or a field is unknown or wrong. The line names file and field.
+    """
+    try:
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable config: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: unknown fields: no JSON object")
+    if "architectures" in values:
+        commands = "`minicpgd evaluate` and `minicpgd sample`"
+        raise ConfigError(f"{path}: a model's config, not a run's; {commands} take models")
+    if unknown := set(values) - {field.name for field in fields(TrainConfig)}:
+        raise ConfigError(f"{path}: unknown fields: {', '.join(sorted(unknown))}")
+    try:
+        return TrainConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from minicpgd.config import MAX_TOKENS, SEEDS, ModelSettings, SamplingSettings, TaskSettings, TrainConfig, load_config
+from minicpgd.config import MAX_TOKENS, SEEDS, ModelSettings, SamplingSettings, TaskSettings, TrainConfig
 from minicpgd.errors import Range, UserError
 from minicpgd.models.policy import Policy, load_policy
 from minicpgd.models.sampling import Rollout, check_sampler, generate
+from minicpgd.recipes import load_config
 from minicpgd.tasks import Task, load_task
 from minicpgd.tasks.rewards import RewardContext, call_reward, load_reward
 from minicpgd.training.metrics import mean_of_numbers

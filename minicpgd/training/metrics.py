@@ -36,25 +36,33 @@ class Experience:
 
 
 class Update(NamedTuple):
-    """One optimizer step, or one that was skipped because all advantages were 0."""
+    """One optimizer step, or one that was not made."""
 
     outputs: list[LossOutput]  # one per micro-batch; their losses, from before the step, add up to the minibatch's
-    grad_norm: float | None  # before clipping; None: skipped
+    grad_norm: float | None  # before clipping; None: the step was not made
+    ends_passes: bool = False  # The KL exceeded `target_kl`. Else, a step that was not made had only advantages of 0.
 
 
 class Pass(NamedTuple):
     """The results of one pass over a rollout."""
 
     outputs: list[LossOutput]  # of every micro-batch
-    losses: list[float]  # of every update
+    losses: list[float]  # of every minibatch
     grad_norms: list[float]  # of every update that was made, before clipping
+    was_ended: bool = False  # by `target_kl`, at its last minibatch
 
     @classmethod
     def from_updates(cls, updates: Sequence[Update]) -> "Pass":
         """Put the results of `Learner.update` together."""
         outputs = [output for update in updates for output in update.outputs]
         losses = [sum(output.loss.item() for output in update.outputs) for update in updates]
-        return cls(outputs, losses, [update.grad_norm for update in updates if update.grad_norm is not None])
+        norms = [update.grad_norm for update in updates if update.grad_norm is not None]
+        return cls(outputs, losses, norms, updates[-1].ends_passes)
+
+    @property
+    def skipped(self) -> int:
+        """The number of updates that were skipped because no response had an advantage."""
+        return len(self.losses) - len(self.grad_norms) - self.was_ended
 
 
 class StepLog(NamedTuple):
@@ -91,9 +99,9 @@ def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, con
         "drift_coef": experience.drift_coef if config.row.drift else 0.0,
         **token_metrics(passes[-1].outputs),
         "grad_norm": mean_of_numbers([norm for seen in passes for norm in seen.grad_norms]),
-        "skipped_updates": sum(len(seen.losses) - len(seen.grad_norms) for seen in passes),
+        "updates": sum(len(seen.grad_norms) for seen in passes),
+        "skipped_updates": sum(seen.skipped for seen in passes),
         "loss": float(np.mean([loss for seen in passes for loss in seen.losses])),
-        "learning_rate": config.learning_rate,
     }
     if experience.ref_logp is not None:  # If beta acts in the loss, token_metrics has added kl_ref.
         metrics.setdefault("kl_ref", k3((experience.ref_logp - rollout.logp)[rollout.mask]).mean().item())

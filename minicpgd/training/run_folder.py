@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from minicpgd.config import TrainConfig, load_config
+from minicpgd.config import TrainConfig
 from minicpgd.errors import ConfigError, UserError, short_repr
 from minicpgd.files import parse_json, write_atomically
 from minicpgd.models.lora import adapter_config
+from minicpgd.recipes import load_config
 from minicpgd.training.metrics import StepLog
 
 LOGS = ("metrics", "timings", "samples", "passes")

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minicpgd.algorithms.loss import Algorithm, auto_drift_coef
+from minicpgd.algorithms.loss import Algorithm, adaptive_drift_coef, auto_drift_coef, mean_kl
 from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError
 from minicpgd.models.logprobs import token_logprobs
 from minicpgd.models.policy import Policy, load_policy
-from minicpgd.models.precision import LOSS_SCALE, make_optimizer, one_thread_if_small
+from minicpgd.models.precision import LOSS_SCALE, make_optimizer, one_thread_if_small, start_rollout
 from minicpgd.models.sampling import Rollout, generate
 from minicpgd.tasks.rewards import RewardContext, RewardFunction, TrainerState, call_reward, load_reward
 from minicpgd.tasks.task import Task, load_task
@@ -70,7 +70,7 @@ class Learner:
         policy = load_policy(config, with_reference=config.beta > 0)
         policy.model.train()
         optimizer = make_optimizer(config, policy.model)
-        drift_coef = 1.0 if config.drift_coef == "auto" else config.drift_coef
+        drift_coef = 1.0 if isinstance(config.drift_coef, str) else config.drift_coef
         return cls(config, config.row, task, reward, policy, optimizer, drift_coef)
 
     def collect(self, generators: Generators) -> Experience:
@@ -108,14 +108,19 @@ class Learner:
         """Collect one rollout, make K updates on it, and log what happened."""
         config, started = self.config, time.perf_counter()
         generators = seed_step(config.seed, step, self.policy.device)
+        rate = start_rollout(self.optimizer, config, step)
         experience = self.collect(generators)
-        self.drift_coef = experience.drift_coef
         sampled = time.perf_counter()
 
-        passes = [self.train_pass(experience, generators.order) for _ in range(config.num_iterations)]
+        passes: list[Pass] = []
+        while len(passes) < config.num_iterations and not (passes and passes[-1].was_ended):
+            passes.append(self.train_pass(experience, generators.order))
         trained = time.perf_counter()
 
-        values = metrics.step_metrics(experience, passes, self.task, config)
+        values = metrics.step_metrics(experience, passes, self.task, config) | {"learning_rate": rate}
+        self.drift_coef = experience.drift_coef
+        if config.drift_coef == "adaptive" and config.target_kl and values["updates"]:
+            self.drift_coef = adaptive_drift_coef(self.drift_coef, values["kl_old"], config.target_kl)
         if step % config.eval_steps == 0 or step == config.max_steps:
             values |= self._evaluate(step)
         timings = metrics.step_timings(experience.rollout, sampled - started, trained - sampled)
@@ -124,10 +129,18 @@ class Learner:
         return StepLog(values, timings)
 
     def train_pass(self, experience: Experience, order: torch.Generator) -> Pass:
-        """Use a rollout once, with one update for each minibatch; `order` decides which responses form a minibatch."""
+        """Use a rollout once, with one update for each minibatch; `order` decides which responses form a minibatch.
+
+        The pass ends early, without an update on that minibatch, where the KL of a minibatch exceeds `target_kl`.
+        """
         order_of_responses = torch.randperm(len(experience.problems), generator=order)
         minibatches = order_of_responses.to(self.policy.device).chunk(self.config.num_minibatches)
-        return Pass.from_updates([self.update(experience, rows) for rows in minibatches])
+        updates: list[Update] = []
+        for rows in minibatches:
+            updates.append(self.update(experience, rows))
+            if updates[-1].ends_passes:
+                break
+        return Pass.from_updates(updates)
 
     def update(self, experience: Experience, rows: Tensor) -> Update:
         """Make one optimizer step, in micro-batches, on the responses with the indices `rows`, (b,).
@@ -160,8 +173,10 @@ class Learner:
                     (scale * output.loss).backward()
                 # Keep no autograd graph: it would keep memory in use.
                 outputs.append(replace(output, loss=output.loss.detach()))
-            if not learns:
-                return Update(outputs, grad_norm=None)
+            stops = mean_kl(outputs) > config.largest_kl
+            if stops or not learns:
+                self.optimizer.zero_grad()
+                return Update(outputs, grad_norm=None, ends_passes=stops)
             if scale != 1:
                 for parameter in parameters:
                     parameter.grad /= scale

@@ -1,0 +1,238 @@
+"""What keeps a policy near the one that sampled: the stop at a KL, the adaptive drift, the settings of Adam."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import loss_of
+from transformers import get_scheduler
+
+from minicpgd import LossSettings, TrainConfig
+from minicpgd.algorithms import adaptive_drift_coef, mean_kl, token_metrics
+from minicpgd.errors import ConfigError
+from minicpgd.models.precision import learning_rate, make_optimizer, start_rollout
+from minicpgd.training import metrics
+from minicpgd.training.step import Learner, seed_step
+
+
+def moments(learner):
+    return copy.deepcopy(learner.optimizer.state_dict()["state"])
+
+
+def weights(learner):
+    return torch.cat([p.detach().flatten().clone() for p in learner.policy.model.parameters()])
+
+
+def with_advantages(experience):
+    """Random advantages, so that no update is skipped."""
+    values = torch.randn(experience.rewards.shape, generator=torch.Generator().manual_seed(0))
+    return replace(experience, advantages=values)
+
+
+# The stop
+
+
+def passes_of(learner, number=4):
+    """Make up to `number` passes over one rollout, and return them with the learner's state after each update."""
+    generators = seed_step(0, 1)
+    experience = with_advantages(learner.collect(generators))
+    updates, states, update = [], [weights(learner)], learner.update
+
+    def record(*arguments):
+        updates.append(update(*arguments))
+        states.append(weights(learner))
+        return updates[-1]
+
+    learner.update = record
+    passes = []
+    while len(passes) < number and not (passes and passes[-1].was_ended):
+        passes.append(learner.train_pass(experience, generators.order))
+    return passes, updates, states
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_the_passes_end_before_the_first_update_whose_minibatch_has_too_large_a_kl(small, micro_batch_size):
+    settings = {"num_minibatches": 4, "learning_rate": 1e-3, "micro_batch_size": micro_batch_size}
+    free = Learner.from_config(small("free", **settings))
+    _, updates, states = passes_of(free)
+    assert len(updates) == 16
+    kls = [mean_kl(update.outputs) for update in updates]
+    assert kls[0] == pytest.approx(0, abs=1e-9)
+    target = sorted(kls)[8]
+    first = next(i for i, kl in enumerate(kls) if kl > target)
+    assert 2 < first < 14
+
+    stopped = Learner.from_config(small("stopped", target_kl=target, **settings))
+    passes, updates, stopped_states = passes_of(stopped)
+    assert [update.ends_passes for update in updates] == [False] * first + [True]
+    assert updates[-1].grad_norm is None
+    assert len(passes) == first // 4 + 1
+    assert [seen.was_ended for seen in passes] == [False] * (len(passes) - 1) + [True]
+    assert all(torch.equal(a, b) for a, b in zip(states[: first + 1], stopped_states, strict=False))
+    assert torch.equal(stopped_states[-1], stopped_states[-2])
+    assert all(p.grad is None or not p.grad.any() for p in stopped.policy.model.parameters())
+    assert sum(len(seen.grad_norms) for seen in passes) == first
+    assert sum(seen.skipped for seen in passes) == 0
+
+
+def test_a_kl_that_equals_the_bound_ends_nothing(small):
+    learner = Learner.from_config(small(num_minibatches=4, learning_rate=1e-3))
+    _, updates, _ = passes_of(learner)
+    kls = [mean_kl(update.outputs) for update in updates]
+    again = Learner.from_config(small("again", num_minibatches=4, learning_rate=1e-3, target_kl=max(kls)))
+    assert len(passes_of(again)[1]) == 16
+
+
+def test_a_step_stops_counts_its_updates_and_starts_the_next_rollout_afresh(small):
+    config = small(num_prompts=8, num_iterations=8, num_minibatches=4, learning_rate=1e-3, target_kl=1e-3)
+    learner = Learner.from_config(config)
+    for step in (1, 2, 3):
+        values = learner.step(step).metrics
+        assert 1 <= values["updates"] < 32
+        assert values["skipped_updates"] + values["updates"] < 32
+    without = Learner.from_config(replace(config, target_kl=None, num_iterations=2))
+    values = without.step(1).metrics
+    assert values["updates"] + values["skipped_updates"] == 8
+
+
+def test_moments_do_not_change_where_an_update_is_not_made(small):
+    learner = Learner.from_config(small(num_minibatches=2, learning_rate=1e-3))
+    generators = seed_step(0, 1)
+    experience = with_advantages(learner.collect(generators))
+    learner.train_pass(experience, generators.order)
+    before = moments(learner)
+    learner.config = replace(learner.config, target_kl=1e-12)
+    assert learner.update(experience, torch.arange(4)).ends_passes
+    after = moments(learner)
+    assert all(torch.equal(before[i][name], after[i][name]) for i in before for name in before[i])
+
+
+def test_the_mean_kl_is_the_metric_kl_old():
+    generator = torch.Generator().manual_seed(0)
+    logp, old = torch.randn(2, 6, 5, generator=generator)
+    mask = torch.rand(6, 5, generator=generator) > 0.3
+    outputs = [loss_of("cpgd", logp[i : i + 2], old[i : i + 2], torch.ones(2), mask[i : i + 2]) for i in (0, 2, 4)]
+    d = (logp - old)[mask].double()
+    assert mean_kl(outputs) == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-6)
+    assert mean_kl(outputs) == token_metrics(outputs)["kl_old"]
+    assert mean_kl([loss_of("cpgd", logp, old, torch.ones(6), torch.zeros(6, 5))]) == 0
+
+
+# The weight of the drift
+
+
+def test_each_response_may_have_its_own_drift_coefficient():
+    """By hand: the derivative of the loss is the token's weight times alpha * min(r - 1, c), where A is 0."""
+    ratios = torch.tensor([[0.5, 1.5], [0.5, 1.5], [4.0, 9.0]], dtype=torch.float64)
+    logp = ratios.log().requires_grad_()
+    alphas = torch.tensor([0.0, 0.5, 3.0], dtype=torch.float64)
+    rest = (torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3), torch.ones(3, 2))
+    output = loss_of("cpgd", logp, *rest, drift_coef=alphas, drift_clip=5.0)
+    (gradient,) = torch.autograd.grad(output.loss, logp)
+    wanted = torch.tensor([[0, 0], [-0.25, 0.25], [9, 15]], dtype=torch.float64) / 6
+    torch.testing.assert_close(gradient, wanted)
+    parts = [
+        loss_of("cpgd", logp[i : i + 1], *(value[i : i + 1] for value in rest), drift_coef=alpha, drift_clip=5.0).loss
+        for i, alpha in enumerate(alphas.tolist())
+    ]
+    torch.testing.assert_close(output.loss, sum(parts) / 3)
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "kl", "wanted"),
+    [(1, 0.0151, 2), (1, 0.015, 1), (1, 0.01, 1), (1, 0.0067, 1), (1, 0.0066, 0.5), (0.25, 0, 0.125), (4, math.inf, 8),
+     (2.0**20, 1, 2.0**20), (2.0**-20, 0, 2.0**-20), (2.0**19, 1, 2.0**20), (2.0**-19, 0, 2.0**-20)],
+)  # fmt: skip
+def test_the_adaptive_coefficient_is_doubled_or_halved(coefficient, kl, wanted):
+    assert adaptive_drift_coef(coefficient, kl, target_kl=0.01) == wanted
+
+
+def test_an_adaptive_run_follows_the_kl_of_its_last_pass_and_ends_no_pass(small):
+    config = small(drift_coef="adaptive", target_kl=1e-3, num_prompts=8, num_iterations=3, learning_rate=1e-3)
+    learner, coefficient = Learner.from_config(config), 1.0
+    seen = []
+    for step in range(1, 6):
+        values = learner.step(step).metrics
+        assert values["drift_coef"] == coefficient
+        assert values["updates"] + values["skipped_updates"] == 6
+        coefficient = adaptive_drift_coef(coefficient, values["kl_old"], 1e-3)
+        assert learner.drift_coef == coefficient
+        seen.append(coefficient)
+    assert len(set(seen)) > 1
+
+
+def test_an_adaptive_coefficient_stays_where_nothing_was_learned(small):
+    learner = Learner.from_config(small(drift_coef="adaptive", target_kl=1e-3))
+    learner.reward = lambda completions, **_: [1.0] * len(completions)
+    learner.drift_coef = 3.0
+    assert learner.step(1).metrics["updates"] == 0
+    assert learner.drift_coef == 3.0
+
+
+def test_adaptive_needs_a_kl_to_aim_at():
+    with pytest.raises(ConfigError, match="^drift_coef = adaptive: it needs target_kl"):
+        TrainConfig(drift_coef="adaptive")
+    assert TrainConfig(drift_coef="adaptive", target_kl=0.01).largest_kl == math.inf
+    assert TrainConfig(target_kl=0.01).largest_kl == 0.01
+    assert TrainConfig().largest_kl == math.inf
+
+
+def test_a_loss_takes_one_coefficient_by_default():
+    assert LossSettings().drift_coef == 1.0
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_the_learning_rate_is_that_of_transformers(kind, warmup):
+    config = TrainConfig(learning_rate=0.4, lr_scheduler_type=kind, warmup_steps=warmup, max_steps=11)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=11)
+    for step in range(1, 12):
+        assert learning_rate(config, step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_warm_up_may_be_longer_than_the_run():
+    config = TrainConfig(learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=8, max_steps=4)
+    assert [learning_rate(config, step) for step in (1, 2, 4)] == [0, 0.125, 0.375]
+
+
+def test_the_optimizer_has_the_settings_of_the_config(policy):
+    config = TrainConfig(learning_rate=0.3, adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=0.1, weight_decay=0.2)
+    (group,) = make_optimizer(config, policy.model).param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.5, 0.6), 0.1, 0.2)
+    (group,) = make_optimizer(TrainConfig(), policy.model).param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-8, 0)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_rollout_starts_with_its_rate_and_perhaps_without_moments(small, reset):
+    config = small(reset_optimizer=reset, lr_scheduler_type="linear", max_steps=4, learning_rate=0.004)
+    learner = Learner.from_config(config)
+    learner.update(with_advantages(learner.collect(seed_step(0, 1))), torch.arange(8))
+    assert len(learner.optimizer.state) > 0
+    assert start_rollout(learner.optimizer, config, 2) == pytest.approx(0.003)
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.003)
+    assert (len(learner.optimizer.state) == 0) == reset
+
+
+def test_a_step_logs_and_uses_its_learning_rate(small):
+    learner = Learner.from_config(small(lr_scheduler_type="linear", warmup_steps=1, max_steps=3, num_prompts=8))
+    before = weights(learner)
+    assert learner.step(1).metrics["learning_rate"] == 0
+    assert torch.equal(before, weights(learner))
+    assert learner.step(2).metrics["learning_rate"] == 1e-4
+    assert not torch.equal(before, weights(learner))
+    assert learner.step(3).metrics["learning_rate"] == pytest.approx(5e-5)
+
+
+def test_a_pass_that_was_stopped_is_no_pass_that_skipped():
+    seen = metrics.Pass([], [0.0, 0.0, 0.0], [1.0], was_ended=True)
+    assert (seen.skipped, seen._replace(was_ended=False).skipped) == (1, 2)
