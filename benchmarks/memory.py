@@ -97,6 +97,7 @@ def measure(config: TrainConfig, prompt_length: int) -> tuple[dict[str, int], in
         advantages=advantages,
         drift_coef=learner.drift_coef,
         ref_logp=rollout.logp if config.beta else None,
+        used=torch.ones_like(rollout.truncated),
     )
     rows = torch.arange(config.num_responses, device=learner.policy.device)
     rows = rows[:: config.num_minibatches]  # The rows come from all prompts, so that some rows have padding.

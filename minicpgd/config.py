@@ -1,14 +1,12 @@
 """Every setting of a run, in one dataclass; each field is a flag of `minicpgd train`.
 
-`TrainConfig` inherits five groups of settings, so it can be passed where one of them is wanted. Names are TRL's where
-TRL has the field. A config is checked when it is made, so one that exists can be run.
+`TrainConfig` inherits five groups of settings, and passes for each of them. Where TRL has a field, it has TRL's name.
 
 In: values from Python, the command line, a file. Out: a frozen dataclass, or one line that names the wrong field.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -44,25 +42,32 @@ class ObjectiveSettings(Settings):
     """Ratios are clipped below at 1 - epsilon."""
     epsilon_high: Annotated[float | None, Range(0, 1e30, above=True)] = None
     """Ratios are clipped above at 1 + epsilon_high. None: the algorithm's own, else epsilon."""
+    clip_growth: Annotated[float, Range(0, 1e30)] = 1.0
+    """Along a response, the distance of the clip bounds from 1 grows linearly to this multiple at its last token."""
     drift_coef: Annotated[float | Literal["auto", "adaptive"], Range(0, 1e30)] = "auto"
-    """CPGD's alpha, the weight of the policy drift; auto: each rollout's largest |advantage| (our rule); adaptive:
-    doubled or halved after each rollout, so that the KL approaches target_kl (PPO's rule)."""
+    """CPGD's alpha, the weight of the drift. auto: each rollout's largest |advantage|; adaptive: follows target_kl."""
     drift_clip: Positive = 2.0
     """CPGD's c: the drift's gradient never exceeds it."""
     target_kl: Annotated[float | None, Range(0, 1e30, above=True)] = None
-    """End the passes over a rollout once a minibatch's KL from the policy that sampled exceeds this (nats per token).
-    With drift_coef adaptive no pass is ended. None: never."""
+    """End the passes over a rollout once a minibatch's KL exceeds this (nats per token). None: never."""
     beta: Weight = 0.0
     """Weight of the KL to the model that training started from."""
     advantage_weight: Literal["equal", "std", "clip_filter"] | None = None
     """The weight of a prompt in the advantages. None: the algorithm's own."""
-    aggregation: Literal["sequence_mean", "token_mean", "constant"] | None = None
+    aggregation: Literal["sequence_mean", "group_token_mean", "token_mean", "constant"] | None = None
     """How tokens and responses share one mean. None: the algorithm's own."""
     importance_level: Literal["token", "sequence", "sequence_mean"] | None = None
     """Ratios are taken per token, per sequence, or per sequence_mean (geometric). None: the algorithm's own."""
 
+    group_reward_min: float | None = None
+    """Leave groups with a smaller mean reward out of the loss. None: keep them."""
+    group_reward_max: float | None = None
+    """Leave groups with a larger mean reward out of the loss. None: keep them."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.epsilon * self.clip_growth >= 1:
+            raise ConfigError(f"clip_growth = {self.clip_growth}: times epsilon = {self.epsilon} it has to be below 1")
         if self.drift_coef == "adaptive" and self.target_kl is None:
             raise ConfigError("drift_coef = adaptive: it needs target_kl, the KL that it aims at; 0.003 is usual")
         # The default has drift. It is asked first, because `row` needs torch, which takes seconds to import.
@@ -70,8 +75,8 @@ class ObjectiveSettings(Settings):
             return
         from minicpgd.algorithms import ALGORITHMS
 
-        others = ", ".join(row.name for row in ALGORITHMS.values() if row.drift)
-        raise ConfigError(f"drift_coef = {self.drift_coef}: {self.algorithm} has no drift; these have one: {others}")
+        drifts = ", ".join(row.name for row in ALGORITHMS.values() if row.drift)
+        raise ConfigError(f"drift_coef = {self.drift_coef}: {self.algorithm} has no drift; these have one: {drifts}")
 
     @property
     def row(self) -> "Algorithm":
@@ -94,7 +99,7 @@ class ObjectiveSettings(Settings):
         """The numbers of the loss, with the `drift_coef` of one rollout."""
         from minicpgd.algorithms import LossSettings
 
-        return LossSettings(self.epsilon, self.epsilon_high, drift_coef, self.drift_clip, self.beta)
+        return LossSettings(self.epsilon, self.epsilon_high, self.clip_growth, drift_coef, self.drift_clip, self.beta)
 
 
 @dataclass(frozen=True)
@@ -175,8 +180,9 @@ class SamplingSettings(Settings):
 
     def without_limits(self) -> "SamplingSettings":
         """The same without `top_p` and `top_k`: sample from all tokens."""
-        size = self.rollout_batch_size
-        return SamplingSettings(self.max_completion_length, self.temperature, rollout_batch_size=size)
+        return SamplingSettings(
+            self.max_completion_length, self.temperature, rollout_batch_size=self.rollout_batch_size
+        )
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,8 @@ class LoopSettings(Settings):
     """Parts of a rollout; each makes one update per pass."""
     num_iterations: Count = 1
     """Passes over a rollout. K = num_iterations * num_minibatches is the number of updates on a rollout."""
+    weigh_passes: bool = False
+    """From the second pass on, multiply each token's advantage by its clipped ratio at the start of the pass."""
     micro_batch_size: OptionalCount = None
     """Responses per forward pass, to save memory. None: a whole minibatch. Gradients are the same."""
     micro_batch_tokens: OptionalCount = None
@@ -290,7 +298,3 @@ class TrainConfig(LoopSettings, SamplingSettings, ModelSettings, TaskSettings, O
     def updates_per_rollout(self) -> int:
         """K."""
         return self.num_iterations * self.num_minibatches
-
-    def save(self, path: Path) -> None:
-        """Write config.json."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

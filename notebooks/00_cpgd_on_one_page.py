@@ -264,5 +264,5 @@ plt.show()
 # - [The table of algorithms](../minicpgd/algorithms/table.py#ALGORITHMS) states CPGD, GRPO, RLOO, REINFORCE++ and their
 #   relatives, in one row each. Sections 3 and 4 of this page are its row `cpgd`.
 # - [The step of the package](../minicpgd/training/step.py#Learner.step) is section 6 of this page. It also
-#   writes a log file. For large models, it supports GPUs, adapters and micro-batches.
+#   returns what is logged. For large models, it supports GPUs, adapters and micro-batches.
 # - [Notebook 1](01_cpgd_step_by_step.ipynb) makes one step slowly. It prints every number and asks questions.

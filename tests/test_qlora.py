@@ -55,7 +55,9 @@ def sample(policy, n=8, group=4, seed=0, **changes):
 def experience_of(rollout, advantages):
     """Return a rollout with given advantages (B,), one response to each prompt."""
     column = advantages[:, None]
-    return Experience([{}] * len(advantages), rollout, column, column, drift_coef=1.0, ref_logp=None)
+    return Experience(
+        [{}] * len(advantages), rollout, column, column, 1.0, ref_logp=None, used=torch.ones(len(column)).bool()
+    )
 
 
 def test_an_adapter_on_4_bit_weights_learns(trained):
@@ -355,7 +357,7 @@ def test_micro_batches_fit_and_change_no_gradient(size, tokens, small, policy):
         learner.optimizer.register_step_pre_hook(
             lambda o, *_: gradients.append([p.grad.clone() for p in o.param_groups[0]["params"]])
         )
-        outputs, _ = learner.update(experience_of(rollout, torch.linspace(-1, 1, 32)), rows)
+        outputs = learner.update(experience_of(rollout, torch.linspace(-1, 1, 32)), rows).outputs
     assert len(outputs) == len(parts)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

@@ -20,6 +20,7 @@ from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.experiments.tables import tolerated_rate
 from minicpgd.plots.published import save_published
 from minicpgd.training import Learner
+from minicpgd.training.run_folder import save_config
 
 ROOT = Path(__file__).parent.parent
 results = load_script(ROOT / "docs" / "results.py")
@@ -196,7 +197,7 @@ def test_the_commands_of_the_readme_parse(line, tmp_path, monkeypatch):
     if "--resume" in words:
         run = TrainConfig(output_dir=words[words.index("--resume") + 1])
         run.folder.mkdir(parents=True)
-        run.save(run.folder / "config.json")
+        save_config(run.folder / "config.json", run)
     if "--help" not in words:
         assert callable(parse(words))
 

@@ -9,8 +9,9 @@ import torch
 from conftest import loss_of
 from transformers import get_scheduler
 
-from minicpgd import LossSettings, TrainConfig
-from minicpgd.algorithms import adaptive_drift_coef, mean_kl, token_metrics
+from minicpgd import ALGORITHMS, LossSettings, TrainConfig
+from minicpgd.algorithms import adaptive_drift_coef, kept_groups, mean_kl, token_metrics
+from minicpgd.algorithms.aggregation import group_token_mean, sequence_mean
 from minicpgd.errors import ConfigError
 from minicpgd.models.precision import learning_rate, make_optimizer, start_rollout
 from minicpgd.training import metrics
@@ -181,6 +182,143 @@ def test_adaptive_needs_a_kl_to_aim_at():
 
 def test_a_loss_takes_one_coefficient_by_default():
     assert LossSettings().drift_coef == 1.0
+
+
+# From the paper: tokens of a group share one mean, bounds that loosen, weights of later passes, groups left out
+
+
+def test_all_tokens_of_a_prompts_responses_share_one_mean():
+    """By hand, equation 2 of the paper: prompts count alike, and so do the tokens of a prompt."""
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    groups = torch.tensor([7, 3, 7, 3])
+    weights = ALGORITHMS["cpgd"].override(aggregation="group_token_mean").token_weights(mask, 9, groups)
+    per_row = torch.tensor([1 / 12, 1 / 2, 1 / 12, 0])
+    torch.testing.assert_close(weights, mask * per_row[:, None])
+    alone = group_token_mean(mask)
+    torch.testing.assert_close(alone, sequence_mean(mask))
+    assert group_token_mean(torch.zeros(2, 3).bool(), None, torch.zeros(2).long()).sum() == 0
+
+
+def test_an_update_knows_which_responses_answer_the_same_prompt(small):
+    learner = Learner.from_config(small(aggregation="group_token_mean", num_minibatches=1))
+    experience = with_advantages(learner.collect(seed_step(0, 1)))
+    rows = torch.tensor([0, 1, 4, 7])
+    output = learner.update(experience, rows).outputs[0]
+    mask = experience.rollout.mask[rows]
+    group = torch.tensor([0, 0, 1, 1])
+    weights = group_token_mean(mask, None, group)
+    surrogate = (experience.advantages.flatten()[rows, None] * output.log_ratio * weights).sum()
+    assert output.loss.item() == pytest.approx(-surrogate.item(), abs=1e-6)
+    sizes = torch.stack([mask[group == i].sum() for i in (0, 1)])
+    torch.testing.assert_close(weights.sum(dim=1), mask.sum(dim=1) / sizes[group] / 2)
+
+
+@pytest.mark.parametrize("name", ["cpgd", "grpo", "gspo", "dapo"])
+def test_the_clip_bounds_loosen_along_a_response(name):
+    """By hand: at growth 3, the bounds are 1 -+ 0.2 at the first of five tokens, and 1 -+ 0.6 at the last."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()
+    settings = LossSettings(epsilon=0.2, clip_growth=3.0)
+    like = torch.zeros(1, dtype=torch.float64)
+    low, high = ALGORITHMS[name].log_bounds(mask, settings, like)
+    above = 0.28 if name == "dapo" else 0.2
+    factors = torch.tensor([[1, 1.5, 2, 2.5, 3], [1, 1, 2, 2, 3], [1, 1, 1, 1, 1]], dtype=torch.float64)
+    torch.testing.assert_close(low.exp()[mask], (1 - 0.2 * factors)[mask])
+    torch.testing.assert_close(high.exp()[mask], (1 + above * factors)[mask])
+    low, high = ALGORITHMS[name].log_bounds(mask, LossSettings(epsilon=0.2), like)
+    assert (low.item(), high.item()) == (math.log(0.8), math.log(1 + above))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_token_is_clipped_at_its_own_bound(sign):
+    ratios = torch.tensor([[1 + sign * 0.3, 1 + sign * 0.3]], dtype=torch.float64)
+    logp, rest = ratios.log().requires_grad_(), (torch.zeros(1, 2), torch.tensor([float(sign)]), torch.ones(1, 2))
+    for growth, wanted in [(1.0, [0, 0]), (2.0, [0, 1]), (0.5, [0, 0])]:
+        output = loss_of("cpg", logp, *rest, epsilon=0.2, clip_growth=growth)
+        (gradient,) = torch.autograd.grad(output.loss, logp)
+        assert (gradient * -2 * sign).flatten().tolist() == pytest.approx(wanted)
+        assert output.clipped.flatten().tolist() == [not value for value in wanted]
+
+
+def test_bounds_that_would_leave_no_ratio_are_refused():
+    with pytest.raises(ConfigError, match="^clip_growth = 5.0: times epsilon = 0.2 it has to be below 1"):
+        TrainConfig(clip_growth=5.0)
+    assert TrainConfig(clip_growth=4.9).loss_settings(1.0).clip_growth == 4.9
+
+
+def test_from_the_second_pass_on_advantages_are_weighed_by_the_clipped_ratio(small):
+    config = small(num_minibatches=1, num_iterations=3, learning_rate=1e-2, weigh_passes=True, epsilon_high=0.3)
+    learner, seen, update = Learner.from_config(config), [], None
+    update = learner.update
+
+    def record(experience, rows):
+        ratio = (learner.score(experience.rollout) - experience.rollout.logp).exp()
+        seen.append((ratio, experience))
+        return update(experience, rows)
+
+    learner.update = record
+    collect = learner.collect
+    learner.collect = lambda generators: with_advantages(collect(generators))
+    learner.step(1)
+    assert len(seen) == 3
+    assert seen[0][1].pass_weights is None
+    for ratio, experience in seen[1:]:
+        assert ((ratio < 0.8) | (ratio > 1.3)).any()
+        torch.testing.assert_close(experience.pass_weights, ratio.clamp(0.8, 1.3), atol=1e-4, rtol=1e-4)
+
+
+def test_a_loss_takes_an_advantage_for_each_token():
+    """By hand: at ratio 1 the derivative of CPGD's loss is minus the token's weight times its advantage."""
+    logp = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([[1.0, -2, 3], [0, 5, 7]], dtype=torch.float64)
+    output = loss_of("cpgd", logp, torch.zeros(2, 3), advantages, torch.ones(2, 3))
+    (gradient,) = torch.autograd.grad(output.loss, logp)
+    torch.testing.assert_close(gradient, -advantages / 6)
+
+
+def test_the_weights_of_a_pass_multiply_the_advantages(small):
+    learner = Learner.from_config(small(num_minibatches=1))
+    experience = with_advantages(learner.collect(seed_step(0, 1)))
+    weights = torch.rand(experience.rollout.mask.shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    output = learner.update(replace(experience, pass_weights=weights), torch.tensor([6, 1])).outputs[0]
+    width = output.advantages.shape[1]
+    wanted = experience.advantages.flatten()[[6, 1], None] * weights[[6, 1], :width]
+    torch.testing.assert_close(output.advantages, wanted)
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "kept"),
+    [(None, None, [1, 1, 1, 1, 1]), (0.1, None, [0, 1, 1, 1, 1]), (None, 0.9, [1, 1, 1, 0, 1]),
+     (0.25, 0.75, [0, 1, 1, 0, 1]), (0.3, 0.7, [0, 0, 0, 0, 1])],
+)  # fmt: skip
+def test_groups_whose_mean_reward_lies_outside_are_left_out(least, most, kept):
+    rewards = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, NAN, NAN]])
+    assert kept_groups(rewards, least, most).tolist() == [bool(value) for value in kept]
+
+
+def test_a_group_that_is_left_out_has_no_gradient_and_no_drift(small):
+    config = small(num_prompts=3, num_minibatches=1, drift_coef=1.0, learning_rate=1e-2, group_reward_max=0.9)
+    learner = Learner.from_config(config)
+    rewards = [1.0] * 4 + [1.0, 0.0, 0.0, 1.0] + [0.0, 1.0, 1.0, 1.0]
+    learner.reward = lambda completions, **_: rewards
+    generators = seed_step(0, 1)
+    experience = learner.collect(generators)
+    assert experience.used.tolist() == [False] * 4 + [True] * 8
+    learner.train_pass(experience, generators.order)
+    (output,) = learner.train_pass(experience, generators.order).outputs
+    assert output.mask.any(dim=1).sum() == 8
+    assert learner.update(experience, torch.arange(4)).grad_norm is None
+
+
+def test_truncated_responses_and_groups_are_left_out_together(small):
+    config = small(max_completion_length=3, mask_truncated_completions=True, group_reward_min=0.5)
+    learner = Learner.from_config(config)
+    learner.reward = lambda completions, **_: [0.0] * 4 + [1.0] * 4
+    experience = learner.collect(seed_step(0, 1))
+    assert experience.rollout.truncated.any()
+    assert experience.used.tolist() == [False] * 4 + [not end for end in experience.rollout.truncated[4:].tolist()]
 
 
 # The optimizer

@@ -182,11 +182,10 @@ def test_an_update_without_an_advantage_changes_nothing(small, name):
 
 def test_only_the_minibatches_without_an_advantage_are_skipped(small):
     """A response without tokens in the loss has nothing to say, whatever its advantage is."""
-    learner = Learner.from_config(small(num_minibatches=4, mask_truncated_completions=True))
+    learner = Learner.from_config(small(num_minibatches=4))
     experience = learner.collect(seed_step(0, 1))
-    rollout = replace(experience.rollout, truncated=torch.tensor([True, False] * 4))
     advantages = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.5, -1.0, 0.0]])
-    experience = replace(experience, rollout=rollout, advantages=advantages)
+    experience = replace(experience, used=torch.tensor([False, True] * 4), advantages=advantages)
     before = state_of(learner)
     for rows, learns in [((0, 1), False), ((2, 3), False), ((4, 6), False), ((4, 5), True)]:
         update = learner.update(experience, torch.tensor(rows))

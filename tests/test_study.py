@@ -26,6 +26,7 @@ from minicpgd.experiments.runner import _finish
 from minicpgd.experiments.statistics import bootstrap_mean, wilson
 from minicpgd.experiments.tables import anatomy_summary, drift_summary, fair_summary, map_summary, tolerated_rate
 from minicpgd.training import Callbacks
+from minicpgd.training.run_folder import save_config
 
 SCRIPT = """
 import sys
@@ -187,7 +188,7 @@ def test_a_run_that_diverges_is_an_outcome(small, tmp_path):
 def test_an_outcome_agrees_with_one_by_hand(small, rewards, accuracies, has_collapsed, healthy, to_90):
     config = small(max_steps=20)
     config.folder.mkdir()
-    config.save(config.folder / "config.json")
+    save_config(config.folder / "config.json", config)
     lines = [{"step": step, "reward": reward, "kl_old": 0.1 * step} for step, reward in enumerate([0.4, *rewards])]
     for line, accuracy in zip(lines[::5], accuracies, strict=True):
         line["eval_accuracy"] = accuracy

@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,10 @@ from minicpgd.errors import ConfigError, UserError
 from minicpgd.models import EMBEDDED
 
 pytest.importorskip("trl", reason="needs the extra trl: pip install -e '.[trl]'")
+from trl import GRPOConfig  # noqa: E402 (after the check that TRL is there)
+
+from minicpgd.integrations.trl_config import NOT_OURS  # noqa: E402
+
 ours = importlib.import_module("minicpgd.integrations.trl")
 
 SCRIPT = Path(__file__).parent / "ranks.py"
@@ -337,6 +343,26 @@ def test_the_adaptive_coefficient_follows_the_last_pass_over_each_rollout(make, 
     assert [line["drift_coef"] for line in log] == [wanted[i // 2] for i in range(6)]
 
 
+def test_groups_outside_the_range_are_left_out(make):
+    rewards = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+    trainer = make(rewards=rewards, group_reward_max=0.9, num_iterations=2)
+    rows = [{"prompt": f"{digit}+1="} for digit in range(PROMPTS) for _ in range(GROUP)]
+    batch = trainer._generate_and_score_completions(rows)
+    assert batch["completion_mask"].any(dim=1).tolist() == [False] * 4 + [True] * 4
+
+
+def test_clip_bounds_may_loosen_along_a_response(make):
+    trainer = make(clip_growth=3.0, num_iterations=2)
+    batch = first_batch(trainer)
+    batch |= {"advantages": torch.ones(8), "old_per_token_logps": batch["old_per_token_logps"] - math.log(1.5)}
+    trainer._compute_loss(trainer.model, batch)
+    mask = batch["completion_mask"].bool()
+    wanted = loss_of("cpgd", trainer._scored[0], batch["old_per_token_logps"], torch.ones(8), mask, clip_growth=3.0,
+                     drift_coef=trainer.drift_coef)  # fmt: skip
+    assert 0 < wanted.metrics["clip_frac_pos"] < 1
+    assert trainer._metrics["train"]["clip_frac_pos"][-1] == pytest.approx(wanted.metrics["clip_frac_pos"])
+
+
 @pytest.mark.parametrize("reset", [True, False])
 def test_the_moments_may_start_afresh_at_each_rollout(make, reset):
     trainer, counts = make(num_iterations=2, max_steps=4, reset_optimizer=reset), []
@@ -517,6 +543,8 @@ def test_a_run_logs_trls_metrics_and_ours_and_can_evaluate(make):
         ({"drift_coef": "2.5", "algorithm": "grpo"}, "drift_coef = 2.5: grpo has no drift"),
         ({"epsilon": 2.0}, "epsilon = 2.0: it has to be less than 1"),
         ({"aggregation": "mean"}, "aggregation = 'mean': did you mean"),
+        ({"aggregation": "group_token_mean"}, "aggregation = group_token_mean: TRL shuffles responses"),
+        ({"drift_coef": "adaptive"}, "drift_coef = adaptive: it needs target_kl"),
         ({"loss_type": "grpo"}, "loss_type: only TRL's own losses read it; here it is algorithm and aggregation"),
         ({"scale_rewards": "none"}, "scale_rewards: .* advantage_weight"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile: only TRL's"),
@@ -528,7 +556,7 @@ def test_settings_that_our_losses_do_not_read_are_refused(tmp_path, settings, li
 
 
 def test_the_refused_fields_are_fields_of_trl():
-    assert set(ours.NOT_OURS) <= {field.name for field in ours.fields(ours.GRPOConfig)}
+    assert set(NOT_OURS) <= {field.name for field in fields(GRPOConfig)}
 
 
 def test_a_kl_in_the_reward_needs_the_log_probabilities_of_the_sampler(make):
@@ -543,7 +571,7 @@ def test_a_config_of_trls_is_refused(make, tmp_path):
         ours.CPGDTrainer(
             model=str(EMBEDDED),
             reward_funcs=trainer.reward_funcs,
-            args=ours.GRPOConfig(output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, **CPU),
+            args=GRPOConfig(output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, **CPU),
             train_dataset=trainer.train_dataset,
             processing_class=trainer.processing_class,
         )

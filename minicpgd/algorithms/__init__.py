@@ -4,7 +4,7 @@ In: rewards (N, G) and log-probabilities (B, T), as plain tensors. Out: advantag
 metrics. This package needs torch and nothing else. Read `surrogates.py`, `loss.py` and `table.py`, in that order.
 """
 
-from minicpgd.algorithms.advantages import WEIGHTS
+from minicpgd.algorithms.advantages import WEIGHTS, kept_groups
 from minicpgd.algorithms.aggregation import AGGREGATIONS
 from minicpgd.algorithms.divergence import bounded_drift, exact_kl, k1, k2, k3
 from minicpgd.algorithms.loss import (
@@ -21,6 +21,6 @@ from minicpgd.algorithms.table import ALGORITHMS, display_name
 
 __all__ = [
     "AGGREGATIONS", "ALGORITHMS", "LEVELS", "WEIGHTS", "Algorithm", "LossOutput", "LossSettings",
-    "adaptive_drift_coef", "auto_drift_coef", "bounded_drift", "display_name", "exact_kl", "k1", "k2", "k3", "mean_kl",
-    "token_metrics",
+    "adaptive_drift_coef", "auto_drift_coef", "bounded_drift", "display_name", "exact_kl", "k1", "k2", "k3",
+    "kept_groups", "mean_kl", "token_metrics",
 ]  # fmt: skip

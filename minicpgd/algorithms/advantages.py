@@ -8,14 +8,14 @@ The centre says what the reward is compared with. The weight $w(x)$ says how muc
 |---|---|
 | `group_centred` | the mean of the group: $R - \mu$ |
 | `leave_one_out` | the mean of the other G - 1 (RLOO, arXiv 2402.14740) |
-| `batch_whitened` | the mean over all tokens; the difference is divided by their deviation (REINFORCE++, 2501.03262) |
+| `batch_whitened` | the batch's mean, weighted by length; then divided by the deviation (REINFORCE++, 2501.03262) |
 | `group_centred_whitened` | the mean of the group; the result is then whitened over the batch |
 
 | weight | $w(x)$ |
 |---|---|
 | `equal` | 1 |
 | `inverse_std` | $1 / (\sigma + 10^{-4})$, where $\sigma$ is the group's deviation (GRPO, 2402.03300; our row cpgd) |
-| `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, 0 without such prompts (CPGD's choice, 2505.12504) |
+| `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, 0 without such prompts (CPGD's paper, 2505.12504) |
 
 $\sigma$ has G - 1 in its denominator. If all rewards of a group are equal, their computed mean can have a rounding
 error, and the division by $\sigma$ would enlarge it. So the code first subtracts the group's first reward from all
@@ -82,12 +82,28 @@ def clip_filter(rewards: Tensor) -> Tensor:
 WEIGHTS: dict[str, Weight] = {"equal": equal, "std": inverse_std, "clip_filter": clip_filter}
 
 
+def kept_groups(rewards: Tensor, least: float | None, most: float | None) -> Tensor:
+    """Which groups stay in the loss, (N,): those whose mean reward lies in [least, most]; None: no bound.
+
+    CPGD's code can leave groups out that are nearly always or nearly never right. Rewards (N, G) have any unit, and
+    NaN does not count.
+    """
+    means = rewards.nanmean(dim=1)
+    outside = torch.zeros_like(means, dtype=torch.bool)
+    if least is not None:
+        outside |= means < least
+    if most is not None:
+        outside |= means > most
+    return ~outside
+
+
 def of_scored(centre: Centre, weight: Weight, rewards: Tensor, lengths: Tensor) -> Tensor:
     r"""The advantages of the responses that have a reward, as if there were no others. The advantage of a NaN is 0.
 
     Suppose that n of a group's G rewards are not NaN, and that their mean is $\mu$. `centre` is called with $\mu$
     in place of each NaN, and with the length 0 there. So means and variances are those of the n rewards. `weight` is
-    called with $\sqrt{(G-1)/(n-1)}\,(R - \mu)$, so $\sigma$ is that of the n rewards, too. In `clip_filter`, a prompt
+    called with $R - \mu$, and with 0 in place of each NaN. Its $\sigma$ divides by G - 1, so these values are first
+    multiplied by $\sqrt{(G-1)/(n-1)}$. Then $\sigma$ is that of the n rewards. In `clip_filter`, a prompt
     without any reward still counts as one of the N prompts.
     """
     scored, others = ~rewards.isnan(), rewards.shape[1] - 1

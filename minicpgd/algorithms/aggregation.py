@@ -1,27 +1,42 @@
 """Aggregation: how the losses of tokens are averaged when responses differ in length.
 
-In: the mask (B, T) of a minibatch. Out: the weight of each token in the loss, (B, T). The loss is a sum over tokens
-with these weights. So a minibatch can be split into micro-batches: each uses its own rows of the weights.
+In: the mask (B, T) of a minibatch, and which prompt each response answers. Out: the weight of each token in the loss,
+(B, T). The loss is a sum over tokens with these weights. So a minibatch can be split into micro-batches: each uses its
+own rows of the weights.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-Aggregation = Callable[[Tensor, int | None], Tensor]
+Aggregation = Callable[[Tensor, int | None, Tensor | None], Tensor]
 
 
-def sequence_mean(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
+def sequence_mean(mask: Tensor, max_completion_length: int | None = None, groups: Tensor | None = None) -> Tensor:
     """Mean over each response's tokens, then over responses: a token of a long response has a smaller weight."""
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
 
 
-def token_mean(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
+def group_token_mean(mask: Tensor, max_completion_length: int | None = None, groups: Tensor | None = None) -> Tensor:
+    """Mean over all tokens of a prompt's responses, then over prompts (CPGD, arXiv 2505.12504, equation 2).
+
+    `groups` (B,) has a number for each prompt; None: each response answers a prompt of its own. Only the responses and
+    prompts of this minibatch count.
+    """
+    if groups is None:
+        return sequence_mean(mask)
+    _, group = groups.unique(return_inverse=True)
+    tokens = torch.zeros(int(group.max()) + 1, device=mask.device).index_add(0, group, mask.sum(dim=1).float())
+    return mask / tokens.clamp(min=1)[group, None] / len(tokens)
+
+
+def token_mean(mask: Tensor, max_completion_length: int | None = None, groups: Tensor | None = None) -> Tensor:
     """Mean over all tokens of the optimizer step: every token has the same weight (DAPO, arXiv 2503.14476)."""
     return mask / mask.sum().clamp(min=1)
 
 
-def constant(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
+def constant(mask: Tensor, max_completion_length: int | None = None, groups: Tensor | None = None) -> Tensor:
     """Sum over tokens / (B * max_completion_length): all tokens have the same weight (Dr. GRPO, arXiv 2503.20783).
 
     Raises:
@@ -33,4 +48,7 @@ def constant(mask: Tensor, max_completion_length: int | None = None) -> Tensor:
     return mask / (len(mask) * max_completion_length)
 
 
-AGGREGATIONS: dict[str, Aggregation] = {"sequence_mean": sequence_mean, "token_mean": token_mean, "constant": constant}
+AGGREGATIONS: dict[str, Aggregation] = {
+    "sequence_mean": sequence_mean, "group_token_mean": group_token_mean, "token_mean": token_mean,
+    "constant": constant,
+}  # fmt: skip

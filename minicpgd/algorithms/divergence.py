@@ -10,12 +10,14 @@ $$ \mathrm{KL}(p \,\|\, q) = \mathbb{E}_{y \sim p}[-e]. $$
 | `k2` | $e^2 / 2$ | a little | no |
 | `k3` | $\exp(e) - 1 - e$ | no | no |
 
-A good estimator of a KL can have a wrong gradient: on samples from $\pi_\theta$, the gradient of `k1` has mean zero,
-so `k1` is useless as a loss. CPGD penalises the *policy drift* $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$. Its samples
-come from $\pi_{old}$, so $e = \log \pi_\theta - \log \pi_{old}$. For these samples `k3` is an unbiased estimate of
-the drift. Its gradient $(r - 1) \nabla \log \pi_\theta$ is an unbiased estimate of the drift's gradient, but it grows
-without bound with the ratio $r = \exp(e)$. The loss therefore uses `bounded_drift`, which continues as a straight line
-once its slope has reached a bound.
+A good estimator of a KL can have a wrong gradient. Let $p = \pi_\theta$, and let q be fixed. Then the gradient of `k1`
+is $\nabla \log \pi_\theta(y)$, whose mean is zero, so `k1` is useless as a loss.
+
+CPGD penalises the *policy drift* $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$. Its samples come from $\pi_{old}$, so
+$e = \log \pi_\theta - \log \pi_{old}$. For these samples `k3` is an unbiased estimate of the drift. Its gradient
+$(r - 1) \nabla \log \pi_\theta$ is an unbiased estimate of the drift's gradient, but it grows without bound with the
+ratio $r = \exp(e)$. The loss therefore uses `bounded_drift`, which continues as a straight line once its slope has
+reached a bound.
 
 In: log-ratios of any shape, in nats. Out: the same shape and unit.
 """

@@ -40,8 +40,10 @@ class LossSettings:
     """Ratios are clipped below at 1 - epsilon."""
     epsilon_high: float | None = None
     """Ratios are clipped above at 1 + epsilon_high. None: the row's own value, else epsilon."""
+    clip_growth: float = 1.0
+    """Along a response, the distance of the clip bounds from 1 grows linearly to this multiple at its last token."""
     drift_coef: float | Tensor = 1.0
-    """CPGD's alpha, the weight of the policy drift, for rows with drift; or (B,), one weight per response."""
+    """CPGD's alpha, the weight of the policy drift: a number, or a tensor (B,) with one weight per response."""
     drift_clip: float = 2.0
     """CPGD's c: the gradient of the drift never exceeds it."""
     beta: float = 0.0
@@ -54,7 +56,7 @@ class Algorithm:
 
     name: str
     label: str
-    """The name that papers and figures print."""
+    """The name that figures print."""
     centre: Centre
     weight: Weight
     surrogate: Surrogate
@@ -78,7 +80,7 @@ class Algorithm:
     def clips(self) -> bool:
         """Whether this row can clip a token. The property tests two ratios far beyond the bounds."""
         d, A = torch.tensor([-9.0, 9.0]), torch.tensor([-1.0, 1.0])
-        objective, unclipped = self.surrogate(d, A, d, -0.1, 0.1)
+        objective, unclipped = self.surrogate(d, A, d, torch.tensor(-0.1), torch.tensor(0.1))
         return bool((objective != unclipped).any())
 
     def override(
@@ -123,7 +125,7 @@ class Algorithm:
         Args:
             logp: (B, T), $\log \pi_\theta$ of the sampled tokens, nats; only this carries a gradient.
             old_logp: (B, T), the same under the policy that sampled.
-            advantages: (B,), one per response.
+            advantages: (B,), one per response, or (B, T).
             mask: (B, T), true or 1 where a token belongs to the response. Other places are never read.
             settings: the clip bounds $[1-\varepsilon, 1+\varepsilon_{high}]$, $\alpha$, $c$ and $\beta$.
             ref_logp: (B, T), log-probabilities under the reference policy, for `beta`.
@@ -133,12 +135,12 @@ class Algorithm:
             The loss, with its metrics (CPGD: arXiv 2505.12504; each function names its paper).
 
         Raises:
-            ValueError: `beta` without `ref_logp`, or the aggregation `constant` without `token_weights`.
+            ValueError: `beta` in the loss without `ref_logp`, or the aggregation `constant` without `token_weights`.
         """
         inside = mask.bool()
         d = torch.where(inside, logp - old_logp, 0.0)
-        A = advantages[:, None].to(logp.dtype)
-        low, high = map(math.log, self.clip_bounds(settings.epsilon, settings.epsilon_high))
+        A = (advantages if advantages.dim() == 2 else advantages[:, None]).to(logp.dtype)
+        low, high = self.log_bounds(inside, settings, like=d)
 
         objective, unclipped = self.surrogate(self.level(d, inside), A, torch.where(inside, logp, 0.0), low, high)
         token_loss = -objective
@@ -167,9 +169,27 @@ class Algorithm:
         above = next(e for e in (epsilon_high, self.epsilon_high, epsilon) if e is not None)
         return 1 - epsilon, 1 + above
 
-    def token_weights(self, mask: Tensor, max_completion_length: int | None = None) -> Tensor:
-        """Compute the weight of each token, (B, T), from a minibatch's mask (B, T) and the limit on its lengths."""
-        return self.aggregation(mask, max_completion_length)
+    def log_bounds(self, mask: Tensor, settings: LossSettings, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-ratios at which each token is clipped: two scalars, or (B, T) each with `clip_growth`.
+
+        The bounds that loosen along a response are CPGD's (arXiv 2505.12504, section 4.3). That they do so linearly is
+        our choice. `mask` (B, T) says which tokens a response has; the result has the dtype and device of `like`.
+        """
+        low, high = self.clip_bounds(settings.epsilon, settings.epsilon_high)
+        if settings.clip_growth == 1:
+            return like.new_tensor(math.log(low)), like.new_tensor(math.log(high))
+        place = (mask.cumsum(dim=1) - 1).clamp(min=0) / (mask.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+        factor = 1 + (settings.clip_growth - 1) * place.to(like)
+        return (1 - (1 - low) * factor).log(), (1 + (high - 1) * factor).log()
+
+    def token_weights(
+        self, mask: Tensor, max_completion_length: int | None = None, groups: Tensor | None = None
+    ) -> Tensor:
+        """Compute the weight of each token, (B, T), from a minibatch's mask (B, T) and the limit on its lengths.
+
+        `groups` (B,) says which responses answer the same prompt; only `group_token_mean` reads it.
+        """
+        return self.aggregation(mask, max_completion_length, groups)
 
 
 @dataclass(frozen=True)

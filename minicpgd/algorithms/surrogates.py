@@ -20,20 +20,19 @@ its gradient is $A - \alpha (r - 1)$, whose size can also grow with r. Take A < 
 $r A$, as in GRPO, for r from $1 - \varepsilon$ to 1 + c. (c is `drift_clip`, by default 2.)
 
 In: `log_ratio` (d, nats), `logp` (nats) and `advantage` (A), each broadcastable to (B, T); the clip bounds `low` < 0 <
-`high`, which are log-ratios. Out: the objective, and the objective without its bound. A token counts as clipped where
-these two values differ. All surrogates have one signature. The functions of `LEVELS`, at the end of this file, decide
-whether each token has its own ratio or all tokens of a response share one: log-ratios (B, T) go in, and (B, T) or
-(B, 1) come out.
+`high`, which are log-ratios, scalars or (B, T). Out: the objective, and the objective without its bound. A token counts
+as clipped where these two values differ. All surrogates have one signature. The functions of `LEVELS`, at the end of
+this file, decide whether each token has its own ratio or all tokens of a response share one: log-ratios (B, T) go in,
+and (B, T) or (B, 1) come out.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
-Surrogate = Callable[[Tensor, Tensor, Tensor, float, float], Pair]
+Surrogate = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Pair]
 Level = Callable[[Tensor, Tensor], Tensor]
 
 DUAL_CLIP = 3.0
@@ -47,40 +46,40 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=80).exp()
 
 
-def log_ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
+def log_ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: Tensor, high: Tensor) -> Pair:
     r"""$d A$: its gradient is the policy gradient, on samples of another policy (CPGD, arXiv 2505.12504)."""
     free = log_ratio * advantage
     return free, free
 
 
-def log_ratio_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
+def log_ratio_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: Tensor, high: Tensor) -> Pair:
     r"""$\min(d A,\ \mathrm{clip}(d, \ln(1-\varepsilon), \ln(1+\varepsilon_{high}))\, A)$: CPGD (arXiv 2505.12504)."""
     free = log_ratio * advantage
     return torch.minimum(free, log_ratio.clamp(low, high) * advantage), free
 
 
-def ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
+def ratio_free(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: Tensor, high: Tensor) -> Pair:
     r"""$r A$: importance sampling, unbounded (PPO, arXiv 1707.06347, equation 6)."""
     free = ratio(log_ratio) * advantage
     return free, free
 
 
-def ratio_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
+def ratio_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: Tensor, high: Tensor) -> Pair:
     r"""$\min(r A,\ \mathrm{clip}(r, 1-\varepsilon, 1+\varepsilon_{high})\, A)$: PPO (arXiv 1707.06347, equation 7)."""
     free = ratio(log_ratio) * advantage
     return torch.minimum(free, ratio(log_ratio.clamp(low, high)) * advantage), free
 
 
-def ratio_dual_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
+def ratio_dual_clip(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: Tensor, high: Tensor) -> Pair:
     r"""`ratio_clip`, and for $A < 0$ never below $3 A$ (dual clip, arXiv 1912.09729, equation 5)."""
     clipped, free = ratio_clip(log_ratio, advantage, logp, low, high)
     return torch.where(advantage < 0, torch.maximum(clipped, DUAL_CLIP * advantage), clipped), free
 
 
-def capped_weight(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> Pair:
+def capped_weight(log_ratio: Tensor, advantage: Tensor, logp: Tensor, low: Tensor, high: Tensor) -> Pair:
     r"""$\mathrm{sg}[\min(r, 1+\varepsilon_{high})]\, A \log \pi_\theta$; sg stops the gradient (CISPO, 2506.13585)."""
     weight = ratio(log_ratio.detach())
-    return weight.clamp(max=math.exp(high)) * advantage * logp, weight * advantage * logp
+    return weight.clamp(max=high.exp()) * advantage * logp, weight * advantage * logp
 
 
 def per_token(log_ratio: Tensor, mask: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The table: every algorithm is one row.
 
 The columns from `centre` to `drift` answer the questions in `loss.py`. `drift` is true or false, and the others hold
-functions. A few rows set more: the `level` of the ratio, a value of their own for the upper clip bound (`epsilon_high`), and whether
-the KL to a reference policy is penalised in the loss or in the reward (`reference_kl`). To try an idea of your own,
+functions. A few rows set more: the `level` of the ratio, a value of their own for the upper clip bound (`epsilon_high`),
+and whether the KL to a reference policy is penalised in the loss or in the reward (`reference_kl`). To try an idea of your own,
 write its function beside the others and add a row.
 
 In: the name of an algorithm. Out: its row, an `Algorithm`.
@@ -44,7 +44,7 @@ _ROWS = (
     # GRPO taken apart
     Algorithm("grpo_unclipped",         "GRPO without clip",    group_centred,          inverse_std, ratio_free,      sequence_mean, False, "what the clip prevents"),
     Algorithm("grpo_dual_clip",         "GRPO, dual clip",      group_centred,          inverse_std, ratio_dual_clip, sequence_mean, False, "does the unbounded gradient, A < 0 and large r, cause the collapse?"),
-    Algorithm("grpo_drift",             "GRPO + drift",         group_centred,          inverse_std, ratio_clip,      sequence_mean, True,  "which half of CPGD does the work?"),
+    Algorithm("grpo_drift",             "GRPO + drift",         group_centred,          inverse_std, ratio_clip,      sequence_mean, True,  "does the log-ratio matter once there is a drift?"),
     # other baselines with the drift
     Algorithm("rloo_drift",             "RLOO + drift",         leave_one_out,          equal,       ratio_clip,      sequence_mean, True,  "does the drift help RLOO as much as GRPO?"),
     Algorithm("reinforce_pp_drift",     "REINFORCE++ + drift",  batch_whitened,         equal,       ratio_clip,      token_mean,    True,  "does the drift help REINFORCE++?", reference_kl="reward"),

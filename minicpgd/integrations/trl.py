@@ -3,14 +3,12 @@
 TRL does everything else: several GPUs (accelerate, FSDP, DeepSpeed), vLLM, adapters, 4 bit, chat templates, tools,
 logging, checkpoints. docs/scale.md has an example and translates our names into TRL's. `launch.py` trains on our tasks.
 
-In: a reward function and a dataset, as for GRPOTrainer. Out: what GRPOTrainer writes; its log also has our metrics from
-`kl_old` to `skipped_updates`. You may change every field of `CPGDConfig` except those in `NOT_OURS`, which only TRL's
-own losses read. This file needs the extra `trl`.
+In: a reward function, a dataset, and a `CPGDConfig` (trl_config.py). Out: what GRPOTrainer writes; its log also has our
+metrics from `kl_old` to `skipped_updates`. This file needs the extra `trl`.
 """
 
-import contextlib
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +18,19 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minicpgd.algorithms import LossOutput, adaptive_drift_coef, auto_drift_coef, k3, token_metrics
+from minicpgd.algorithms import LossOutput, adaptive_drift_coef, auto_drift_coef, k3, kept_groups, token_metrics
 from minicpgd.algorithms.aggregation import token_mean
-from minicpgd.config import ObjectiveSettings
 from minicpgd.errors import ConfigError, UserError
+from minicpgd.integrations.trl_config import CPGDConfig
 from minicpgd.tasks.reward_call import LARGEST, refusal
 
 try:
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 except ImportError as error:
     needs = "minicpgd.integrations.trl needs TRL 1.16 or newer: pip install 'minicpgd[trl]'"
     raise UserError(f"{needs} ({error})") from error
 
-NOT_OURS = {
-    "loss_type": "algorithm and aggregation",
-    "importance_sampling_level": "importance_level",
-    "scale_rewards": "advantage_weight",
-    "multi_objective_aggregation": "a sum of rewards, by reward_weights",
-    "delta": "algorithm='grpo_dual_clip'",
-    "top_entropy_quantile": "all tokens",
-    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), "algorithm"),
-    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), "algorithm"),
-    **dict.fromkeys(("entropy_coef", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"), "no entropy bonus"),
-    **dict.fromkeys(("use_adaptive_entropy", "entropy_target"), "no entropy bonus"),
-    "off_policy_mask_threshold": "the drift",
-    "use_bias_correction_kl": "beta, on k3 as it is",
-}  # fields of TRL's config, and what replaces each
 DRIFT_COEF = "drift_coef.json"  # A checkpoint has it, because "auto" and "adaptive" start from the last value.
-
-
-@dataclass
-class CPGDConfig(GRPOConfig):
-    """TRL's GRPOConfig with eight fields of ours, which mean the same as in `minicpgd.TrainConfig`.
-
-    Raises:
-        ConfigError: a field of ours is wrong, or one of TRL's is set that our losses would not read.
-    """
-
-    algorithm: str = field(default="cpgd", metadata={"help": "A row of minicpgd's table."})
-    drift_coef: str = field(default="auto", metadata={"help": "Alpha: a number, or auto or adaptive."})
-    drift_clip: float = field(default=2.0, metadata={"help": "The largest slope of the drift, c."})
-    target_kl: float | None = field(default=None, metadata={"help": "Make no more updates on a rollout above this KL."})
-    reset_optimizer: bool = field(default=False, metadata={"help": "Forget the moments at each rollout."})
-    advantage_weight: str | None = field(default=None, metadata={"help": "equal, std or clip_filter; None: the row's."})
-    aggregation: str | None = field(default=None, metadata={"help": "How tokens share one mean; None: the row's."})
-    importance_level: str | None = field(default=None, metadata={"help": "Where the ratio is taken; None: the row's."})
-    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Not read: beta weighs k3 as it is."})
-
-    def __post_init__(self) -> None:
-        with contextlib.suppress(ValueError, TypeError):  # It may be "auto"; `objective` refuses other words.
-            self.drift_coef = float(self.drift_coef)  # type: ignore[assignment]  # A command line has only strings.
-        self.objective()
-        super().__post_init__()
-        for theirs in fields(self):
-            if theirs.name in NOT_OURS and getattr(self, theirs.name) != theirs.default:
-                raise ConfigError(f"{theirs.name}: only TRL's own losses read it; here it is {NOT_OURS[theirs.name]}")
-
-    def objective(self) -> ObjectiveSettings:
-        """The fields that our losses read, checked. Some have TRL's names."""
-        return ObjectiveSettings(**{field.name: getattr(self, field.name) for field in fields(ObjectiveSettings)})
 
 
 class CPGDTrainer(GRPOTrainer):
@@ -146,12 +98,17 @@ class CPGDTrainer(GRPOTrainer):
             return rollout  # An evaluation with one response per prompt has TRL's advantages, which are 0.
         rewards = (self._rewards * self.reward_weights.to(self._rewards)).nansum(dim=1)
         rewards[self._rewards.isnan().all(dim=1)] = torch.nan  # TRL turns None into NaN.
+        least, most = self.args.group_reward_min, self.args.group_reward_max
+        kept = kept_groups(rewards.view(-1, group), least, most).repeat_interleave(group)
+        local = len(rollout["advantages"])
+        first = self.accelerator.process_index * local
+        rollout["completion_mask"] = rollout["completion_mask"] * kept[first : first + local, None]
         mask = _mask(rollout)
         if self.beta and self.algorithm.reference_kl == "reward":
             if "old_per_token_logps" not in rollout:
-                kept = "TRL keeps the log-probabilities that this needs only if num_iterations * steps_per_generation"
+                reason = "TRL keeps the log-probabilities that this needs only if num_iterations * steps_per_generation"
                 name = f"beta = {self.beta}: {self.algorithm.name}"
-                raise ConfigError(f"{name} has it in the reward, and {kept} > gradient_accumulation_steps")
+                raise ConfigError(f"{name} has it in the reward, and {reason} > gradient_accumulation_steps")
             penalty = ((rollout["old_per_token_logps"] - rollout["ref_per_token_logps"]) * mask).sum(dim=1)
             rewards = rewards - self.beta * self.accelerator.gather(penalty)
         lengths = mask.sum(dim=1)  # 0 for responses dropped by mask_truncated_completions
@@ -163,8 +120,7 @@ class CPGDTrainer(GRPOTrainer):
         for _ in range(min(len(logged), len(advantages))):
             logged.pop()
         logged.extend(advantages.tolist())
-        local = len(rollout["advantages"])
-        return rollout | {"advantages": advantages[self.accelerator.process_index * local :][:local]}
+        return rollout | {"advantages": advantages[first : first + local]}
 
     def _begin_rollout(self, advantages: Tensor) -> None:
         """Set the drift's coefficient, from the advantages or from the KL of the last pass over the rollout before."""

@@ -5,7 +5,7 @@ the adapter's matrices B and A. A run in 4 bit used a rounded copy of W. So the 
 two versions of W:
 
 - `dequantised`: the rounded weights, written out in full. The result computes what the trained model does.
-- `full`: W itself. The adapter was not made for them.
+- `full`: W itself. A run in 4 bit trained its adapter on the rounded weights, not on W.
 
 The adapter is never added into the 4-bit weights themselves. They lie on a grid of 16 values, and a change smaller than
 half a step is rounded away. `docs/qlora.md` has the measurements.

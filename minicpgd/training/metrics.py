@@ -1,4 +1,4 @@
-"""What a step records: its experience, its passes, and every metric that a run logs.
+"""What a step records: its experience, its passes, and nearly all metrics that a run logs.
 
 Nothing here changes the learner. In: an `Experience` and the passes over it. Out: the lines of metrics.jsonl,
 timings.jsonl, samples.jsonl and passes.jsonl. docs/metrics.md defines each metric.
@@ -32,6 +32,8 @@ class Experience:
     advantages: Tensor  # (N, G)
     drift_coef: float  # of this rollout
     ref_logp: Tensor | None  # (B, T) under the reference policy, nats, if there is one
+    used: Tensor  # (B,) whether a response counts in the loss
+    pass_weights: Tensor | None = None  # (B, T), multiply the advantages of this pass; None: all are 1
     context: RewardContext = field(default_factory=RewardContext)  # what the reward function has logged
 
 
@@ -39,8 +41,8 @@ class Update(NamedTuple):
     """One optimizer step, or one that was not made."""
 
     outputs: list[LossOutput]  # one per micro-batch; their losses, from before the step, add up to the minibatch's
-    grad_norm: float | None  # before clipping; None: the step was not made
-    ends_passes: bool = False  # The KL exceeded `target_kl`. Else, a step that was not made had only advantages of 0.
+    grad_norm: float | None  # before clipping; None: not made, because all advantages are 0 or the KL is too large
+    ends_passes: bool = False  # Whether the step was not made because the KL exceeded `target_kl`.
 
 
 class Pass(NamedTuple):
@@ -75,7 +77,7 @@ class StepLog(NamedTuple):
 
 
 def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, config: TrainConfig) -> dict[str, float]:
-    """The metrics of a step, but for those of the held-out set.
+    """The metrics of a step, but for the learning rate and those of the held-out set.
 
     Ratios, `kl_old` and shares of clipped tokens are those of the last pass. So is `kl_ref` if `beta` acts in the loss;
     if it acts in the reward, `kl_ref` is that of the policy that sampled.

@@ -129,7 +129,7 @@ def stored_config(folder: Path) -> TrainConfig:
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The same config with absolute paths, and with the rank of a saved adapter. It can be used from any folder.
+    """The same config with absolute paths of model, data and adapter, and with the rank and scale of a saved adapter.
 
     Raises:
         UserError: the saved adapter is not a LoRA adapter.
@@ -178,7 +178,7 @@ class RunFolder:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         temporary.mkdir(parents=True)
         try:
-            config.save(temporary / "config.json")
+            save_config(temporary / "config.json", config)
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -186,7 +186,7 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, config: TrainConfig) -> "RunFolder":
-        """Open the folder of a run that continues. All settings must equal the stored ones. `max_steps` may be larger.
+        """Open the folder of a run that continues. Only `max_steps` (larger) and `output_dir` may differ.
 
         Raises:
             UserError: it is not a run, or another setting changed; the message names the settings.
@@ -201,7 +201,8 @@ class RunFolder:
             changes = "; ".join(changed)
             raise ConfigError(f"cannot resume {folder} with other settings: {changes} (only max_steps may grow)")
         if config.max_steps != stored.max_steps:
-            write_atomically(folder / "config.json", replace(stored, max_steps=config.max_steps).save)
+            new = replace(stored, max_steps=config.max_steps)
+            write_atomically(folder / "config.json", functools.partial(save_config, config=new))
         return cls(folder, config)
 
     @property
@@ -228,7 +229,7 @@ class RunFolder:
             raise UserError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from error
 
     def truncate_after(self, step: int) -> list[int]:
-        """Remove the lines of all steps after `step`. Return the steps that have no line left."""
+        """Remove the lines of all steps after `step`. Return the steps from 0 to `step` that metrics.jsonl lacks."""
         paths = [self.folder / f"{name}.jsonl" for name in LOGS]
         logs = [[row for row in read_lines(path) if row["step"] <= step] for path in paths]  # Read all before writing.
         for path, rows in zip(paths, logs, strict=True):
@@ -249,6 +250,11 @@ class RunFolder:
             file.write("".join(map(_line, rows)).encode(errors="replace"))
             file.flush()
             os.fsync(file.fileno())
+
+
+def save_config(path: Path, config: TrainConfig) -> None:
+    """Write config.json."""
+    path.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def _line(row: dict[str, Any]) -> str:

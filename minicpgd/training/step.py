@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minicpgd.algorithms.advantages import kept_groups
 from minicpgd.algorithms.loss import Algorithm, adaptive_drift_coef, auto_drift_coef, mean_kl
 from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError
@@ -52,7 +53,7 @@ def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Gener
 
 @dataclass
 class Learner:
-    """What a run carries from step to step. `drift_coef` is that of the newest rollout."""
+    """What a run carries from step to step. The next rollout starts from `drift_coef`."""
 
     config: TrainConfig
     algorithm: Algorithm  # the row of algorithms/table.py that the config names, with the config's changes
@@ -102,7 +103,11 @@ class Learner:
         advantages = self.algorithm.advantages(rewards - penalty, rollout.lengths.view(shape))
         is_auto = config.drift_coef == "auto"
         drift_coef = auto_drift_coef(advantages, previous=self.drift_coef) if is_auto else self.drift_coef
-        return Experience(problems, rollout, rewards, advantages, drift_coef, ref_logp, context)
+        kept = kept_groups(rewards, config.group_reward_min, config.group_reward_max)
+        used = kept.repeat_interleave(config.num_generations)
+        if config.mask_truncated_completions:
+            used &= ~rollout.truncated
+        return Experience(problems, rollout, rewards, advantages, drift_coef, ref_logp, used, context=context)
 
     def step(self, step: int) -> StepLog:
         """Collect one rollout, make K updates on it, and log what happened."""
@@ -114,6 +119,8 @@ class Learner:
 
         passes: list[Pass] = []
         while len(passes) < config.num_iterations and not (passes and passes[-1].was_ended):
+            if config.weigh_passes and passes:
+                experience = replace(experience, pass_weights=self.weights_of_pass(experience.rollout))
             passes.append(self.train_pass(experience, generators.order))
         trained = time.perf_counter()
 
@@ -131,7 +138,8 @@ class Learner:
     def train_pass(self, experience: Experience, order: torch.Generator) -> Pass:
         """Use a rollout once, with one update for each minibatch; `order` decides which responses form a minibatch.
 
-        The pass ends early, without an update on that minibatch, where the KL of a minibatch exceeds `target_kl`.
+        As soon as the KL of a minibatch exceeds `target_kl`, the pass ends, without an update on this minibatch. With
+        an adaptive drift no pass ends early.
         """
         order_of_responses = torch.randperm(len(experience.problems), generator=order)
         minibatches = order_of_responses.to(self.policy.device).chunk(self.config.num_minibatches)
@@ -145,16 +153,18 @@ class Learner:
     def update(self, experience: Experience, rows: Tensor) -> Update:
         """Make one optimizer step, in micro-batches, on the responses with the indices `rows`, (b,).
 
-        If all responses that count in the loss have the advantage 0, and no KL is in the loss, the optimizer step is
-        skipped, and the moments do not change. In such a step Adam would enlarge tiny gradients of the drift.
+        If all responses that count in the loss have the advantage 0, the optimizer step is skipped, and the moments do
+        not change. In such a step Adam would enlarge tiny gradients of the drift. With `beta` in the loss no step is
+        skipped.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite; this update does not change the weights.
         """
         config, model, parameters = self.config, self.policy.model, self.optimizer.param_groups[0]["params"]
         rollout, advantages = experience.rollout, experience.advantages.flatten()
-        mask = rollout.mask & ~rollout.truncated[:, None] if config.mask_truncated_completions else rollout.mask
-        weights = self.algorithm.token_weights(mask[rows], config.max_completion_length)
+        mask, pass_weights = rollout.mask & experience.used[:, None], experience.pass_weights
+        groups = rows // config.num_generations
+        weights = self.algorithm.token_weights(mask[rows], config.max_completion_length, groups)
         settings = config.loss_settings(experience.drift_coef)
         scale, outputs = LOSS_SCALE if model.dtype == torch.float16 else 1.0, []
         kl_in_loss = config.beta > 0 and self.algorithm.reference_kl == "loss"
@@ -165,8 +175,9 @@ class Learner:
                 ids, attention, t = rollout.inputs(part)
                 logp, _ = token_logprobs(model, ids, attention, t, config.temperature, config.chunk_size)
                 old_logp, ref_logp = rollout.logp[part, :t], experience.ref_logp
+                A = advantages[part] if pass_weights is None else advantages[part, None] * pass_weights[part, :t]
                 output = self.algorithm.loss(
-                    logp, old_logp, advantages[part], mask[part, :t], settings, token_weights=weights[places, :t],
+                    logp, old_logp, A, mask[part, :t], settings, token_weights=weights[places, :t],
                     ref_logp=None if ref_logp is None else ref_logp[part, :t],
                 )  # fmt: skip
                 if learns:
@@ -186,6 +197,14 @@ class Learner:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return Update(outputs, norm)
+
+    def weights_of_pass(self, rollout: Rollout) -> Tensor:
+        r"""(B, T), $\mathrm{clip}(\pi_\theta / \pi_{old}, 1-\varepsilon, 1+\varepsilon_{high})$ at the start of a pass.
+
+        CPGD multiplies the advantages by it when a rollout is used again (arXiv 2505.12504, section 6.1).
+        """
+        low, high = self.algorithm.clip_bounds(self.config.epsilon, self.config.epsilon_high)
+        return (self.score(rollout) - rollout.logp).exp().clamp(low, high)
 
     def evaluate_before_training(self) -> StepLog:
         """Step 0: the model before training, on the held-out set."""
