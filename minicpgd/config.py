@@ -99,7 +99,7 @@ class ObjectiveSettings(Settings):
         """The numbers of the loss, with the `drift_coef` of one rollout."""
         from minicpgd.algorithms import LossSettings
 
-        return LossSettings(self.epsilon, self.epsilon_high, self.clip_growth, drift_coef, self.drift_clip, self.beta)
+        return LossSettings(self.epsilon, self.epsilon_high, drift_coef, self.drift_clip, self.beta, self.clip_growth)
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,14 @@ class LossSettings:
     """Ratios are clipped below at 1 - epsilon."""
     epsilon_high: float | None = None
     """Ratios are clipped above at 1 + epsilon_high. None: the row's own value, else epsilon."""
-    clip_growth: float = 1.0
-    """Along a response, the distance of the clip bounds from 1 grows linearly to this multiple at its last token."""
     drift_coef: float | Tensor = 1.0
     """CPGD's alpha, the weight of the policy drift: a number, or a tensor (B,) with one weight per response."""
     drift_clip: float = 2.0
     """CPGD's c: the gradient of the drift never exceeds it."""
     beta: float = 0.0
     """Weight of the KL to a reference policy."""
+    clip_growth: float = 1.0
+    """Along a response, the distance of the clip bounds from 1 grows linearly to this multiple at its last token."""
 
 
 @dataclass(frozen=True)
