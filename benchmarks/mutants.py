@@ -54,12 +54,15 @@ MODULES = {"functools", "hashlib", "json", "math", "nn", "os", "torch"}
 TABLE_TESTS = "test_readme_and_results.py::test_the_page_of_algorithms_has_every_row_of_the_table test_advantages.py"
 TESTS = {  # The quick tests come first, because the first failure ends the tests of a mutant.
     "algorithms/divergence": "test_divergence.py",
-    "algorithms/advantages": "test_remedies.py::test_groups_whose_mean_reward_lies_outside_are_left_out test_advantages.py",
+    "algorithms/advantages": "test_remedies.py::test_groups_whose_mean_reward_lies_outside_are_left_out "
+    "test_advantages.py",
     "algorithms/surrogates": "test_gradients.py",
-    "algorithms/aggregation": "test_remedies.py::test_all_tokens_of_a_prompts_responses_share_one_mean test_gradients.py",
+    "algorithms/aggregation": "test_remedies.py::test_all_tokens_of_a_prompts_responses_share_one_mean "
+    "test_gradients.py",
     "algorithms/loss": "test_remedies.py::test_each_response_may_have_its_own_drift_coefficient "
     "test_remedies.py::test_the_adaptive_coefficient_is_doubled_or_halved "
-    "test_remedies.py::test_the_mean_kl_is_the_metric_kl_old test_remedies.py::test_the_clip_bounds_loosen_along_a_response "
+    "test_remedies.py::test_the_mean_kl_is_the_metric_kl_old "
+    "test_remedies.py::test_the_clip_bounds_loosen_along_a_response "
     "test_remedies.py::test_a_token_is_clipped_at_its_own_bound "
     f"test_remedies.py::test_a_loss_takes_an_advantage_for_each_token {TABLE_TESTS} test_gradients.py",
     "algorithms/table": f"{TABLE_TESTS} test_gradients.py",
