@@ -43,7 +43,7 @@ class ObjectiveSettings(Settings):
     epsilon_high: Annotated[float | None, Range(0, 1e30, above=True)] = None
     """Ratios are clipped above at 1 + epsilon_high. None: the algorithm's own, else epsilon."""
     clip_growth: Annotated[float, Range(0, 1e30)] = 1.0
-    """Along a response, the distance of the clip bounds from 1 grows linearly to this multiple at its last token."""
+    """How many times as far from 1 the clip bounds are at a response's last token as at its first. 1: all alike."""
     drift_coef: Annotated[float | Literal["auto", "adaptive"], Range(0, 1e30)] = "auto"
     """CPGD's alpha, the weight of the drift. auto: each rollout's largest |advantage|; adaptive: follows target_kl."""
     drift_clip: Positive = 2.0

@@ -38,8 +38,8 @@ EPSILON, DRIFT_CLIP = 0.2, 2.0  # ε and c of section 4
 #
 # The model is a Llama with 108 thousand parameters, and its tokens are single characters. A problem is a chain of
 # sums, differences and products modulo 10, from left to right: in `7+5*3=`, 7 + 5 gives 2, and 2 · 3 gives 6. The model
-# can guess: `#6`. It can also write each step before the answer: `7+5=2,2*3=6#6`. The rule reads only the digit after
-# the `#`.
+# can guess: `#6`. It can also write each step before the answer: `7+5=2,2*3=6#6`. The rule reads only what follows the
+# `#`.
 
 # %%
 disable_progress_bar()

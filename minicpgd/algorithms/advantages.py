@@ -1,7 +1,7 @@
 r"""Advantages: was this response better than expected for its prompt?
 
 Rewards come in as (N, G): N prompts, G sampled responses to each. Advantages go out in the same shape: one number per
-response, shared by all of its tokens. An advantage is a *centred* reward times a *weight*; `loss.py` multiplies them.
+response, shared by all of its tokens. An advantage is a *centred* reward times a *weight*.
 The centre says what the reward is compared with. The weight $w(x)$ says how much the prompt $x$ counts:
 
 | centre | the reward is compared with |
@@ -100,11 +100,11 @@ def kept_groups(rewards: Tensor, least: float | None, most: float | None) -> Ten
 def of_scored(centre: Centre, weight: Weight, rewards: Tensor, lengths: Tensor) -> Tensor:
     r"""The advantages of the responses that have a reward, as if there were no others. The advantage of a NaN is 0.
 
-    Suppose that n of a group's G rewards are not NaN, and that their mean is $\mu$. `centre` is called with $\mu$
-    in place of each NaN, and with the length 0 there. So means and variances are those of the n rewards. `weight` is
-    called with $R - \mu$, and with 0 in place of each NaN. Its $\sigma$ divides by G - 1, so these values are first
-    multiplied by $\sqrt{(G-1)/(n-1)}$. Then $\sigma$ is that of the n rewards. In `clip_filter`, a prompt
-    without any reward still counts as one of the N prompts.
+    Suppose that n of a group's G rewards are not NaN, and that their mean is $\mu$. `centre` is called with $\mu$ in
+    place of each NaN, and with the length 0 there. So means and variances are those of the n rewards. `weight` is
+    called with $\sqrt{(G-1)/(n-1)}\,(R - \mu)$, and with 0 in place of each NaN. `weight` divides a sum of squares by
+    G - 1, and n - 1 would be right here; the factor corrects this. In `clip_filter`, a prompt without any reward still
+    counts as one of the N prompts.
     """
     scored, others = ~rewards.isnan(), rewards.shape[1] - 1
     count = scored.sum(dim=1, keepdim=True).to(rewards)

@@ -21,8 +21,8 @@ def sequence_mean(mask: Tensor, max_completion_length: int | None = None, groups
 def group_token_mean(mask: Tensor, max_completion_length: int | None = None, groups: Tensor | None = None) -> Tensor:
     """Mean over all tokens of a prompt's responses, then over prompts (CPGD, arXiv 2505.12504, equation 2).
 
-    `groups` (B,) has a number for each prompt; None: each response answers a prompt of its own. Only the responses and
-    prompts of this minibatch count.
+    `groups` (B,) holds, for each response, the number of the prompt that it answers. None: each response has a prompt
+    of its own. Only the responses and prompts of this minibatch count.
     """
     if groups is None:
         return sequence_mean(mask)

@@ -49,7 +49,7 @@ def bounded_drift(log_ratio: Tensor, bound: float = 2.0) -> Tensor:
     $$ \frac{\partial}{\partial d}\,\mathrm{drift}(d) = \min(\exp(d) - 1,\; c) $$
 
     CPGD (arXiv 2505.12504, section 3) bounds the gradient of a token with a very large ratio. The derivative of
-    this function is that bounded gradient. Finite differences can check it, because no gradient is set by hand.
+    this function is that bounded gradient, so finite differences of the function can check it.
 
     Args:
         log_ratio: $d = \log \pi_\theta - \log \pi_{old}$, any shape, nats.

@@ -47,7 +47,7 @@ class LossSettings:
     beta: float = 0.0
     """Weight of the KL to a reference policy."""
     clip_growth: float = 1.0
-    """Along a response, the distance of the clip bounds from 1 grows linearly to this multiple at its last token."""
+    """How many times as far from 1 the clip bounds are at a response's last token as at its first. 1: all alike."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Algorithm:
             logp: (B, T), $\log \pi_\theta$ of the sampled tokens, nats; only this carries a gradient.
             old_logp: (B, T), the same under the policy that sampled.
             advantages: (B,), one per response, or (B, T).
-            mask: (B, T), true or 1 where a token belongs to the response. Other places are never read.
+            mask: (B, T), true or 1 where a token belongs to the response. Log-probabilities elsewhere are never read.
             settings: the clip bounds $[1-\varepsilon, 1+\varepsilon_{high}]$, $\alpha$, $c$ and $\beta$.
             ref_logp: (B, T), log-probabilities under the reference policy, for `beta`.
             token_weights: (B, T), by default from `mask`. For a micro-batch, pass its rows of the minibatch's weights.
@@ -170,10 +170,11 @@ class Algorithm:
         return 1 - epsilon, 1 + above
 
     def log_bounds(self, mask: Tensor, settings: LossSettings, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-ratios at which each token is clipped: two scalars, or (B, T) each with `clip_growth`.
+        """The lower and the upper log-ratio at which a token is clipped: scalars, or (B, T) if `clip_growth` is not 1.
 
-        The bounds that loosen along a response are CPGD's (arXiv 2505.12504, section 4.3). That they do so linearly is
-        our choice. `mask` (B, T) says which tokens a response has; the result has the dtype and device of `like`.
+        CPGD's bounds loosen along a response (arXiv 2505.12504, section 4.3). That they do so linearly is our choice. A
+        response of one token has the bounds of a first token. `mask` (B, T) says which tokens a response has. The
+        result has the dtype and the device of `like`.
         """
         low, high = self.clip_bounds(settings.epsilon, settings.epsilon_high)
         if settings.clip_growth == 1:
@@ -215,7 +216,7 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
     `kl_old`: mean k3 (Schulman 2020) of $\mathrm{KL}(\pi_{old} \,\|\, \pi_\theta)$, nats per token. `ratio_min`,
     `ratio_p01`, `ratio_p99`, `ratio_max`: quantiles of the token ratios. `clip_frac_pos`: the number of clipped tokens
     with A > 0, divided by the number of all tokens. `clip_frac_neg`: the same for A < 0. `kl_ref`: mean k3 to the
-    reference, if there is one.
+    reference, if it is in the loss.
     """
     # These are float64, because float32 cannot hold exp of a very large log-ratio.
     d = torch.cat([o.log_ratio[o.mask] for o in outputs]).double()

@@ -20,10 +20,10 @@ its gradient is $A - \alpha (r - 1)$, whose size can also grow with r. Take A < 
 $r A$, as in GRPO, for r from $1 - \varepsilon$ to 1 + c. (c is `drift_clip`, by default 2.)
 
 In: `log_ratio` (d, nats), `logp` (nats) and `advantage` (A), each broadcastable to (B, T); the clip bounds `low` < 0 <
-`high`, which are log-ratios, scalars or (B, T). Out: the objective, and the objective without its bound. A token counts
-as clipped where these two values differ. All surrogates have one signature. The functions of `LEVELS`, at the end of
-this file, decide whether each token has its own ratio or all tokens of a response share one: log-ratios (B, T) go in,
-and (B, T) or (B, 1) come out.
+`high`. These are log-ratios, each a scalar or of the shape (B, T). Out: the objective, and the objective without its
+bound. A token counts as clipped where these two values differ. All surrogates have one signature. The functions of
+`LEVELS`, at the end of this file, decide whether each token has its own ratio or all tokens of a response share one:
+log-ratios (B, T) go in, and (B, T) or (B, 1) come out.
 """
 
 from collections.abc import Callable

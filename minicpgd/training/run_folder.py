@@ -1,7 +1,7 @@
 """A run's folder: settings, logs, checkpoints, weights.
 
     config.json       the settings
-    metrics.jsonl     a line per step: what the run did; the same bytes whenever it is repeated on one machine
+    metrics.jsonl     a line per step: what the run did; the same bytes whenever it is repeated on one CPU
     timings.jsonl     a line per step from step 1 on: what depends on the clock and the machine
     samples.jsonl     some sampled responses, with reward and advantage
     passes.jsonl      for the same steps, a line per pass over the rollout: ratios, KL, shares of clipped tokens

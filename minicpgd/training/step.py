@@ -53,7 +53,10 @@ def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Gener
 
 @dataclass
 class Learner:
-    """What a run carries from step to step. The next rollout starts from `drift_coef`."""
+    """What a run carries from step to step.
+
+    `drift_coef` is the coefficient of the next rollout. With "auto" it is used only if all advantages are 0.
+    """
 
     config: TrainConfig
     algorithm: Algorithm  # the row of algorithms/table.py that the config names, with the config's changes
@@ -201,7 +204,7 @@ class Learner:
     def weights_of_pass(self, rollout: Rollout) -> Tensor:
         r"""(B, T), $\mathrm{clip}(\pi_\theta / \pi_{old}, 1-\varepsilon, 1+\varepsilon_{high})$ at the start of a pass.
 
-        CPGD multiplies the advantages by it when a rollout is used again (arXiv 2505.12504, section 6.1).
+        CPGD's paper multiplies the advantages by it when a rollout is used again (arXiv 2505.12504, section 6.1).
         """
         low, high = self.algorithm.clip_bounds(self.config.epsilon, self.config.epsilon_high)
         return (self.score(rollout) - rollout.logp).exp().clamp(low, high)
