@@ -1,6 +1,6 @@
 """Every setting of a run, in one dataclass; each field is a flag of `minicpgd train`.
 
-`TrainConfig` inherits five groups of settings, and passes for each of them. Where TRL has a field, it has TRL's name.
+`TrainConfig` inherits five groups of settings, and passes for each of them. Fields that TRL has mostly have TRL's name.
 
 In: values from Python, the command line, a file. Out: a frozen dataclass, or one line that names the wrong field.
 """
@@ -43,7 +43,7 @@ class ObjectiveSettings(Settings):
     epsilon_high: Annotated[float | None, Range(0, 1e30, above=True)] = None
     """Ratios are clipped above at 1 + epsilon_high. None: the algorithm's own, else epsilon."""
     clip_growth: Annotated[float, Range(0, 1e30)] = 1.0
-    """How many times as far from 1 the clip bounds are at a response's last token as at its first. 1: all alike."""
+    """The clip bounds widen along a response, by this factor at its last token. 1.0: all tokens have the same."""
     drift_coef: Annotated[float | Literal["auto", "adaptive"], Range(0, 1e30)] = "auto"
     """CPGD's alpha, the weight of the drift. auto: each rollout's largest |advantage|; adaptive: follows target_kl."""
     drift_clip: Positive = 2.0

@@ -8,7 +8,7 @@ The centre says what the reward is compared with. The weight $w(x)$ says how muc
 |---|---|
 | `group_centred` | the mean of the group: $R - \mu$ |
 | `leave_one_out` | the mean of the other G - 1 (RLOO, arXiv 2402.14740) |
-| `batch_whitened` | the batch's mean, weighted by length; then divided by the deviation (REINFORCE++, 2501.03262) |
+| `batch_whitened` | the mean of all tokens, each with its response's reward; divided by their deviation |
 | `group_centred_whitened` | the mean of the group; the result is then whitened over the batch |
 
 | weight | $w(x)$ |
@@ -86,7 +86,7 @@ def kept_groups(rewards: Tensor, least: float | None, most: float | None) -> Ten
     """Which groups stay in the loss, (N,): those whose mean reward lies in [least, most]; None: no bound.
 
     CPGD's code can leave groups out that are nearly always or nearly never right. Rewards (N, G) have any unit, and
-    NaN does not count.
+    NaN does not count. A group without any reward stays.
     """
     means = rewards.nanmean(dim=1)
     outside = torch.zeros_like(means, dtype=torch.bool)
@@ -102,9 +102,9 @@ def of_scored(centre: Centre, weight: Weight, rewards: Tensor, lengths: Tensor) 
 
     Suppose that n of a group's G rewards are not NaN, and that their mean is $\mu$. `centre` is called with $\mu$ in
     place of each NaN, and with the length 0 there. So means and variances are those of the n rewards. `weight` is
-    called with $\sqrt{(G-1)/(n-1)}\,(R - \mu)$, and with 0 in place of each NaN. `weight` divides a sum of squares by
-    G - 1, and n - 1 would be right here; the factor corrects this. In `clip_filter`, a prompt without any reward still
-    counts as one of the N prompts.
+    called with $\sqrt{(G-1)/(n-1)}\,(R - \mu)$, and with 0 in place of each NaN. The factor is for `inverse_std`, which
+    divides a sum of squares by G - 1, where n - 1 is right. In `clip_filter`, a prompt without any reward still counts
+    as one of the N prompts.
     """
     scored, others = ~rewards.isnan(), rewards.shape[1] - 1
     count = scored.sum(dim=1, keepdim=True).to(rewards)

@@ -3,7 +3,7 @@ r"""The loss: what a row of the table computes.
 A row answers four questions:
 
 1. *centre* and *weight*: how good was a response? (`advantages.py`)
-2. *surrogate*: what is maximised, and from which ratio on has a token no gradient? (`surrogates.py`)
+2. *surrogate*: what is maximised, and beyond which ratios is a token's gradient 0? (`surrogates.py`)
 3. *aggregation*: how is the loss averaged over tokens and responses? (`aggregation.py`)
 4. *drift*: is moving away from $\pi_{old}$ penalised? (`divergence.py`)
 
@@ -47,7 +47,7 @@ class LossSettings:
     beta: float = 0.0
     """Weight of the KL to a reference policy."""
     clip_growth: float = 1.0
-    """How many times as far from 1 the clip bounds are at a response's last token as at its first. 1: all alike."""
+    """The clip bounds widen along a response, by this factor at its last token. 1.0: all tokens have the same."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,9 @@ class Algorithm:
     def log_bounds(self, mask: Tensor, settings: LossSettings, like: Tensor) -> tuple[Tensor, Tensor]:
         """The lower and the upper log-ratio at which a token is clipped: scalars, or (B, T) if `clip_growth` is not 1.
 
-        CPGD's bounds loosen along a response (arXiv 2505.12504, section 4.3). That they do so linearly is our choice. A
-        response of one token has the bounds of a first token. `mask` (B, T) says which tokens a response has. The
-        result has the dtype and the device of `like`.
+        In CPGD's paper (arXiv 2505.12504, section 4.3) bounds may widen along a response. That they do so linearly is
+        our choice. A response of one token has the bounds of a first token. `mask` (B, T) says which tokens a response
+        has. The result has the dtype and the device of `like`.
         """
         low, high = self.clip_bounds(settings.epsilon, settings.epsilon_high)
         if settings.clip_growth == 1:

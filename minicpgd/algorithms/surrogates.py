@@ -16,8 +16,8 @@ For small r the rows with $r A$ have a vanishing gradient. The others keep $A$ u
 
 The fourth row is PPO's, and so GRPO's, RLOO's and REINFORCE++'s. If the ratio of a bad token has risen, its gradient
 grows with the ratio, without bound. The second row is CPGD's: no ratio multiplies the advantage. With the drift,
-its gradient is $A - \alpha (r - 1)$, whose size can also grow with r. Take A < 0 and $\alpha = -A$: the gradient is
-$r A$, as in GRPO, for r from $1 - \varepsilon$ to 1 + c. (c is `drift_clip`, by default 2.)
+its gradient is $A - \alpha \min(r - 1, c)$. Its size can also grow with r, up to r = 1 + c. (c is `drift_clip`, by
+default 2.) Take A < 0 and $\alpha = -A$: the gradient is $r A$, as in GRPO, for r from $1 - \varepsilon$ to 1 + c.
 
 In: `log_ratio` (d, nats), `logp` (nats) and `advantage` (A), each broadcastable to (B, T); the clip bounds `low` < 0 <
 `high`. These are log-ratios, each a scalar or of the shape (B, T). Out: the objective, and the objective without its

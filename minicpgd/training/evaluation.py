@@ -51,9 +51,9 @@ def evaluate(
 
     Returns:
         `accuracy` (greedy), `sampled_accuracy`, `pass@k` for k = 1, 2, 4, ... up to `num_samples`, and
-        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. If a reward function is named,
-        the result also has `reward`, its mean over the greedy responses. A `TaskSettings` passed as `task` names it. If
-        the run's own task is used, the run's config names it.
+        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. The result also has `reward`,
+        the mean over the greedy responses, if the field `reward` is set: that of the `TaskSettings` passed as `task`,
+        or that of the run's config if the run's own task is used.
 
     Raises:
         UserError: there is no such model, the run has not finished, or a number is out of range.

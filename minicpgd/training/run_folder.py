@@ -1,10 +1,10 @@
 """A run's folder: settings, logs, checkpoints, weights.
 
     config.json       the settings
-    metrics.jsonl     a line per step: what the run did; the same bytes whenever it is repeated on one CPU
+    metrics.jsonl     a line per step: what the run did; if the run is repeated on the same CPU, the same bytes
     timings.jsonl     a line per step from step 1 on: what depends on the clock and the machine
-    samples.jsonl     some sampled responses, with reward and advantage
-    passes.jsonl      for the same steps, a line per pass over the rollout: ratios, KL, shares of clipped tokens
+    samples.jsonl     at some steps (`logging_steps`), sampled responses with reward and advantage
+    passes.jsonl      at these steps, a line per pass over the rollout: ratios, KL, shares of clipped tokens
     checkpoints/      the two newest (see checkpoint.py)
     model/            without LoRA, the trained model, once all steps are done; transformers loads it
     adapter/          with LoRA, the trained adapter; PEFT loads it onto the model that `config.json` names
@@ -54,7 +54,7 @@ def load_run(path: str | Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        UserError: there is no such run, or a log has a line that is not valid; the message names file and line.
+        UserError: there is no such run, or a log has a line that is not valid; the message names file and line or step.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
