@@ -39,7 +39,7 @@ if __name__ == "__main__":
 """
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("MINICPGD_KILLS", "1"))
-SECONDS = 600  # A process that was result_or_line to end has this long. On an idle machine it takes less than one.
+SECONDS = 600  # A process has this long to end. On an idle machine it takes less than one.
 FILES = ("study.csv", "steps.csv.gz", "passes.csv.gz")
 
 
