@@ -350,6 +350,11 @@ def test_the_optimizer_has_the_settings_of_the_config(policy):
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-8, 0)
 
 
+def test_moments_in_pages_cannot_be_forgotten(policy):
+    with pytest.raises(ConfigError, match="^reset_optimizer: paged_adamw_8bit would keep"):
+        make_optimizer(TrainConfig(reset_optimizer=True, optim="paged_adamw_8bit"), policy.model)
+
+
 @pytest.mark.parametrize("reset", [True, False])
 def test_a_rollout_starts_with_its_rate_and_perhaps_without_moments(small, reset):
     config = small(reset_optimizer=reset, lr_scheduler_type="linear", max_steps=4, learning_rate=0.004)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from minicpgd.config import TrainConfig
-from minicpgd.errors import MissingPackageError
+from minicpgd.errors import ConfigError, MissingPackageError
 
 LOSS_SCALE = 2.0**12  # float16 has no number below 6e-8, and gradients can be smaller.
 SMALL_MODEL = 10**6  # A small model has fewer parameters.
@@ -73,14 +73,21 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def make_optimizer(config: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
-    """AdamW for the trained parameters of a model. `paged_adamw_8bit` keeps the moments in 8 bit."""
+    """AdamW for the trained parameters of a model. `paged_adamw_8bit` keeps the moments in 8 bit.
+
+    Raises:
+        ConfigError: `reset_optimizer` with `paged_adamw_8bit`.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings: dict[str, Any] = {
         "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }  # fmt: skip
     on_card = model.device.type == "cuda"
-    if config.optim == "paged_adamw_8bit" or (config.optim == "auto" and config.lora_r and on_card):
+    if config.reset_optimizer and config.optim == "paged_adamw_8bit":
+        raise ConfigError("reset_optimizer: paged_adamw_8bit would keep its old pages; choose optim = adamw")
+    auto_8bit = config.optim == "auto" and config.lora_r and on_card and not config.reset_optimizer
+    if config.optim == "paged_adamw_8bit" or auto_8bit:
         bnb = import_extra("bitsandbytes")
         kind = bnb.optim.PagedAdamW8bit if on_card else bnb.optim.AdamW8bit  # A CPU cannot page.
         return kind(trained, **settings)
