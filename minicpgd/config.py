@@ -43,7 +43,7 @@ class ObjectiveSettings(Settings):
     epsilon_high: Annotated[float | None, Range(0, 1e30, above=True)] = None
     """Ratios are clipped above at 1 + epsilon_high. None: the algorithm's own, else epsilon."""
     clip_growth: Annotated[float, Range(0, 1e30)] = 1.0
-    """The clip bounds widen along a response, by this factor at its last token. 1.0: all tokens have the same."""
+    """The factor on epsilon and epsilon_high at a response's last token. It is 1 at the first, and linear between."""
     drift_coef: Annotated[float | Literal["auto", "adaptive"], Range(0, 1e30)] = "auto"
     """CPGD's alpha, the weight of the drift. auto: each rollout's largest |advantage|; adaptive: follows target_kl."""
     drift_clip: Positive = 2.0

@@ -8,7 +8,7 @@ The centre says what the reward is compared with. The weight $w(x)$ says how muc
 |---|---|
 | `group_centred` | the mean of the group: $R - \mu$ |
 | `leave_one_out` | the mean of the other G - 1 (RLOO, arXiv 2402.14740) |
-| `batch_whitened` | the mean of all tokens, each with its response's reward; divided by their deviation |
+| `batch_whitened` | the batch's mean; the difference is divided by the batch's deviation (REINFORCE++, 2501.03262) |
 | `group_centred_whitened` | the mean of the group; the result is then whitened over the batch |
 
 | weight | $w(x)$ |

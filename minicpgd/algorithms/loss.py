@@ -47,7 +47,7 @@ class LossSettings:
     beta: float = 0.0
     """Weight of the KL to a reference policy."""
     clip_growth: float = 1.0
-    """The clip bounds widen along a response, by this factor at its last token. 1.0: all tokens have the same."""
+    """The factor on epsilon and epsilon_high at a response's last token. It is 1 at the first, and linear between."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ _ROWS = (
     Algorithm("pgd",                    "CPGD without clip",    group_centred,          inverse_std, log_ratio_free,  sequence_mean, True,  "CPGD without the clip"),
     # GRPO taken apart
     Algorithm("grpo_unclipped",         "GRPO without clip",    group_centred,          inverse_std, ratio_free,      sequence_mean, False, "what the clip prevents"),
-    Algorithm("grpo_dual_clip",         "GRPO, dual clip",      group_centred,          inverse_std, ratio_dual_clip, sequence_mean, False, "does the unbounded gradient, A < 0 and large r, cause the collapse?"),
+    Algorithm("grpo_dual_clip",         "GRPO, dual clip",      group_centred,          inverse_std, ratio_dual_clip, sequence_mean, False, "is the unbounded gradient of tokens with A < 0 the cause of the collapse?"),
     Algorithm("grpo_drift",             "GRPO + drift",         group_centred,          inverse_std, ratio_clip,      sequence_mean, True,  "does the log-ratio matter once there is a drift?"),
     # other baselines with the drift
     Algorithm("rloo_drift",             "RLOO + drift",         leave_one_out,          equal,       ratio_clip,      sequence_mean, True,  "does the drift help RLOO as much as GRPO?"),

@@ -57,7 +57,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest intact checkpoint, or None. `warn` gets a line for each newer one, which is damaged."""
+    """The newest checkpoint that is not damaged, or None. `warn` gets a line for each damaged one that is newer."""
     for path in _newest_first(folder):
         try:
             with safe_open(path, "pt") as file:

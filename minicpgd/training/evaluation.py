@@ -51,9 +51,9 @@ def evaluate(
 
     Returns:
         `accuracy` (greedy), `sampled_accuracy`, `pass@k` for k = 1, 2, 4, ... up to `num_samples`, and
-        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. The result also has `reward`,
-        the mean over the greedy responses, if the field `reward` is set: that of the `TaskSettings` passed as `task`,
-        or that of the run's config if the run's own task is used.
+        `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. With a reward function the
+        result also has `reward`, the mean reward of the greedy responses. `TaskSettings` name the function. If the
+        run's own task is used, the run's config names it.
 
     Raises:
         UserError: there is no such model, the run has not finished, or a number is out of range.
@@ -84,7 +84,7 @@ def is_run(folder: str | Path) -> bool:
 
 
 def open_policy(run_or_model: str | Path | ModelSettings) -> tuple[Policy, TrainConfig]:
-    """The policy of a finished run, with the run's config; or a model, with the default config.
+    """The policy of a finished run, with the run's config; or a model, with the default config (in small batches).
 
     Raises:
         UserError: there is no such model, it cannot be sampled from, or the run has not finished.

@@ -42,7 +42,7 @@ class ExportReport:
     Both models score these answers. Differences are absolute, between log-probabilities of tokens, in nats.
     """
 
-    rounding: float  # the largest difference between the adapter beside the weights and added into them, in float32
+    rounding: float  # the largest difference between the model with its adapter separate and merged, in float32
     mean_difference: float  # the mean difference to the model as it was trained
     same_answers: float  # share of problems with the same text
     accuracy_trained: float

@@ -51,7 +51,7 @@ class Pass(NamedTuple):
     outputs: list[LossOutput]  # of every micro-batch
     losses: list[float]  # of every minibatch
     grad_norms: list[float]  # of every update that was made, before clipping
-    was_ended: bool = False  # by `target_kl`, at its last minibatch
+    was_ended: bool = False  # Whether `target_kl` ended this pass. Its last minibatch then had no update.
 
     @classmethod
     def from_updates(cls, updates: Sequence[Update]) -> "Pass":
