@@ -151,8 +151,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 # - **The surrogate** is the `min`. Its gradient in d is A, or 0 for a clipped token. A token with A > 0 is clipped if
 #   r > 1 + ε. A token with A < 0 is clipped if r < 1 − ε.
 # - **The drift** is the bracket after α. Up to r = 1 + c it is $r - 1 - d$, and the mean of this term estimates
-#   $\mathrm{KL}(\pi_{\mathrm{old}} \,\|\, \pi_\theta)$. Beyond 1 + c it is a straight line, so its gradient in d
-#   is $\min(r - 1, c)$.
+#   $\mathrm{KL}(\pi_{\mathrm{old}} \,\|\, \pi_\theta)$. Beyond that it goes on as a straight line in d, with the
+#   slope c. So its gradient in d is $\min(r - 1, c)$ everywhere.
 
 
 # %%

@@ -15,7 +15,7 @@ The centre says what the reward is compared with. The weight $w(x)$ says how muc
 |---|---|
 | `equal` | 1 |
 | `inverse_std` | $1 / (\sigma + 10^{-4})$, where $\sigma$ is the group's deviation (GRPO, 2402.03300; our row cpgd) |
-| `clip_filter` | $\min(3, N / \text{prompts with } \sigma > 0)$, 0 without such prompts (CPGD's paper, 2505.12504) |
+| `clip_filter` | $\min(3, N / n)$, where n prompts have $\sigma > 0$; 0 if n = 0 (CPGD's paper, 2505.12504) |
 
 $\sigma$ has G - 1 in its denominator. If all rewards of a group are equal, their computed mean can have a rounding
 error, and the division by $\sigma$ would enlarge it. So the code first subtracts the group's first reward from all
@@ -85,8 +85,8 @@ WEIGHTS: dict[str, Weight] = {"equal": equal, "std": inverse_std, "clip_filter":
 def kept_groups(rewards: Tensor, least: float | None, most: float | None) -> Tensor:
     """Which groups stay in the loss, (N,): those whose mean reward lies in [least, most]; None: no bound.
 
-    CPGD's code can leave groups out that are nearly always or nearly never right. Rewards (N, G) have any unit, and
-    NaN does not count. A group without any reward stays.
+    The code of CPGD's authors can leave out groups whose responses are nearly all right or nearly all wrong. Rewards
+    (N, G) have any unit, and NaN does not count. A group without any reward stays.
     """
     means = rewards.nanmean(dim=1)
     outside = torch.zeros_like(means, dtype=torch.bool)

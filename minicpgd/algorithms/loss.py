@@ -165,7 +165,9 @@ class Algorithm:
         )
 
     def clip_bounds(self, epsilon: float, epsilon_high: float | None = None) -> tuple[float, float]:
-        """The ratios at which this row clips. The upper one comes from `epsilon_high`, the row, or `epsilon`."""
+        """The clip bounds, as ratios; a row without a clip ignores them. The upper one comes from `epsilon_high`, the
+        row, or `epsilon`.
+        """
         above = next(e for e in (epsilon_high, self.epsilon_high, epsilon) if e is not None)
         return 1 - epsilon, 1 + above
 

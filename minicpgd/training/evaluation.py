@@ -52,8 +52,8 @@ def evaluate(
     Returns:
         `accuracy` (greedy), `sampled_accuracy`, `pass@k` for k = 1, 2, 4, ... up to `num_samples`, and
         `completion_length` (greedy, tokens). Accuracies are fractions between 0 and 1. With a reward function the
-        result also has `reward`, the mean reward of the greedy responses. `TaskSettings` name the function. If the
-        run's own task is used, the run's config names it.
+        result also has `reward`, the mean reward of the greedy responses. If `task` is a `TaskSettings`, its field
+        `reward` names the function. If the run's own task is used, the run's config names it.
 
     Raises:
         UserError: there is no such model, the run has not finished, or a number is out of range.
@@ -84,7 +84,9 @@ def is_run(folder: str | Path) -> bool:
 
 
 def open_policy(run_or_model: str | Path | ModelSettings) -> tuple[Policy, TrainConfig]:
-    """The policy of a finished run, with the run's config; or a model, with the default config (in small batches).
+    """The policy of a finished run, with the run's config; or a model, with the default config.
+
+    Other models than the embedded one sample at most 64 responses at once.
 
     Raises:
         UserError: there is no such model, it cannot be sampled from, or the run has not finished.

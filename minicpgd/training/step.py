@@ -1,8 +1,8 @@
 r"""One training step: problems, rollout, rewards, advantages, K updates, log.
 
 An algorithm is a row of `algorithms/table.py`; nearly everything here is the same for all rows. In: a config. Out: each
-call of `step` changes the policy, and returns metrics, timings and some samples. `collect` and `step` read like
-pseudocode. To change what a step does, begin there.
+call of `step` makes up to K updates of the policy, and returns metrics, timings and, at some steps, samples. `collect`
+and `step` read like pseudocode. To change what a step does, begin there.
 
 K = `num_iterations` * `num_minibatches` updates are made on one rollout. At the first of them, with the default
 settings, $\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift has neither value nor gradient, and all
