@@ -19,8 +19,8 @@ from minicpgd.experiments import STUDIES, SUMMARIES, outcome, warning_study
 from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.experiments.tables import tolerated_rate
 from minicpgd.plots.published import save_published
+from minicpgd.recipes import save_config
 from minicpgd.training import Learner
-from minicpgd.training.run_folder import save_config
 
 ROOT = Path(__file__).parent.parent
 results = load_script(ROOT / "docs" / "results.py")

@@ -247,7 +247,7 @@ def test_bounds_that_would_leave_no_ratio_are_refused():
 
 def test_from_the_second_pass_on_advantages_are_weighed_by_the_clipped_ratio(small):
     config = small(num_minibatches=1, num_iterations=3, learning_rate=1e-2, weigh_passes=True, epsilon_high=0.3)
-    learner, seen, update = Learner.from_config(config), [], None
+    learner, seen = Learner.from_config(config), []
     update = learner.update
 
     def record(experience, rows):

@@ -25,8 +25,8 @@ from minicpgd.experiments.outcome import collapsed, outcome, window_means
 from minicpgd.experiments.runner import _finish
 from minicpgd.experiments.statistics import bootstrap_mean, wilson
 from minicpgd.experiments.tables import anatomy_summary, drift_summary, fair_summary, map_summary, tolerated_rate
+from minicpgd.recipes import save_config
 from minicpgd.training import Callbacks
-from minicpgd.training.run_folder import save_config
 
 SCRIPT = """
 import sys

@@ -581,6 +581,7 @@ def test_a_config_of_trls_is_refused(make, tmp_path):
 def test_a_missing_extra_is_one_line(monkeypatch, name):
     for module in (name, "verl.trainer.ppo.core_algos"):  # With None Python behaves as if it were not installed.
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, f"minicpgd.integrations.{name}", raising=False)
+    for ours_too in (name, f"{name}_config"):
+        monkeypatch.delitem(sys.modules, f"minicpgd.integrations.{ours_too}", raising=False)
     with pytest.raises(UserError, match=rf"^[^\n]*pip install 'minicpgd\[{name}\]'[^\n]*$"):
         importlib.import_module(f"minicpgd.integrations.{name}")

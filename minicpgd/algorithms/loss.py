@@ -145,7 +145,9 @@ class Algorithm:
         objective, unclipped = self.surrogate(self.level(d, inside), A, torch.where(inside, logp, 0.0), low, high)
         token_loss = -objective
         if self.drift:
-            alpha = torch.as_tensor(settings.drift_coef, dtype=d.dtype, device=d.device).reshape(-1, 1)
+            alpha = settings.drift_coef
+            if isinstance(alpha, Tensor):
+                alpha = alpha.to(d)[:, None]
             token_loss = token_loss + alpha * bounded_drift(d, settings.drift_clip)
         ref_kl = None
         if settings.beta and self.reference_kl == "loss":
@@ -180,7 +182,7 @@ class Algorithm:
         """
         low, high = self.clip_bounds(settings.epsilon, settings.epsilon_high)
         if settings.clip_growth == 1:
-            return like.new_tensor(math.log(low)), like.new_tensor(math.log(high))
+            return like.new_full((), math.log(low)), like.new_full((), math.log(high))
         place = (mask.cumsum(dim=1) - 1).clamp(min=0) / (mask.sum(dim=1, keepdim=True) - 1).clamp(min=1)
         factor = 1 + (settings.clip_growth - 1) * place.to(like)
         return (1 - (1 - low) * factor).log(), (1 + (high - 1) * factor).log()

@@ -18,17 +18,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minicpgd.algorithms import LossOutput, adaptive_drift_coef, auto_drift_coef, k3, kept_groups, token_metrics
+from minicpgd.algorithms import LossOutput, adaptive_drift_coef, auto_drift_coef, kept_groups, token_metrics
 from minicpgd.algorithms.aggregation import token_mean
-from minicpgd.errors import ConfigError, UserError
-from minicpgd.integrations.trl_config import CPGDConfig
+from minicpgd.errors import ConfigError
+from minicpgd.integrations.trl_config import CPGDConfig, GRPOTrainer
 from minicpgd.tasks.reward_call import LARGEST, refusal
-
-try:
-    from trl import GRPOTrainer
-except ImportError as error:
-    needs = "minicpgd.integrations.trl needs TRL 1.16 or newer: pip install 'minicpgd[trl]'"
-    raise UserError(f"{needs} ({error})") from error
 
 DRIFT_COEF = "drift_coef.json"  # A checkpoint has it, because "auto" and "adaptive" start from the last value.
 
@@ -71,8 +65,8 @@ class CPGDTrainer(GRPOTrainer):
         self._counted: tuple[list, Tensor] = ([], torch.empty(0))  # a rollout's micro-batches, and the tokens in each
         self._learns: Tensor | bool = False  # whether a response of this optimizer step has an advantage
         self._made, self._skipped = 0, 0  # optimizer steps since the last log
-        self._kl = torch.zeros(2, dtype=torch.float64)  # the sum of k3 in this optimizer step, and the number of tokens
-        self._kls: list[Tensor] = []  # the same of all processes, for each optimizer step on this rollout
+        self._kl = torch.zeros(2, dtype=torch.float64)  # of this optimizer step: sum of k3 and tokens, of all processes
+        self._kls: list[Tensor] = []  # the same, for each optimizer step on this rollout
         self._learned, self._stopped = False, False  # whether one of them was made; whether one exceeded target_kl
         self.add_callback(_BeforeOptimizerStep(self))
 
@@ -187,13 +181,13 @@ class CPGDTrainer(GRPOTrainer):
 
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop all gradients where no step is to be made, so that the optimizer changes nothing."""
-        local = torch.cat([torch.as_tensor(self._learns).cpu().double().view(1), self._kl])
-        learns, kl, tokens = self.accelerator.reduce(local.to(self.accelerator.device)).tolist()
-        self._learns, self._kl = False, torch.zeros_like(self._kl)
+        learns = self.accelerator.reduce(torch.as_tensor(self._learns, device=self.accelerator.device).float())
+        kl, tokens = self._kl.tolist()
         if self.args.reset_optimizer and not self._kls:
             optimizer.state.clear()
         self._stopped |= kl > self.objective.largest_kl * tokens
-        self._kls.append(torch.tensor([kl, tokens], dtype=torch.float64))
+        self._kls.append(self._kl)
+        self._learns, self._kl = False, torch.zeros_like(self._kl)
         kl_in_loss = self.beta != 0 and self.algorithm.reference_kl == "loss"
         is_idle = not (learns or kl_in_loss or self.aux_loss_enabled)
         needs_gradients = self.is_deepspeed_enabled or self.accelerator.scaler is not None
@@ -228,9 +222,9 @@ class CPGDTrainer(GRPOTrainer):
         means = ("kl_old", "clip_frac_pos", "clip_frac_neg")
         local = dict.fromkeys(means, 0.0) | {"ratio_min": 1.0, "ratio_max": 1.0} | token_metrics([output])
         tokens = output.mask.sum().double()
-        if self.model.training:
-            self._kl += torch.stack([k3(output.log_ratio[output.mask].double()).sum(), tokens]).cpu()
         sums = self.accelerator.reduce(tokens * tokens.new_tensor([1.0, *(local[name] for name in means)]))
+        if self.model.training:
+            self._kl += sums[[1, 0]].cpu()
         ends = self.accelerator.gather(tokens.new_tensor([[-local["ratio_min"], local["ratio_max"]]])).amax(dim=0)
         metrics = dict(zip(means, (sums[1:] / sums[0].clamp(min=1)).tolist(), strict=True))
         metrics |= {"ratio_min": -ends[0].item(), "ratio_max": ends[1].item()}

@@ -11,11 +11,12 @@ from minicpgd.config import ObjectiveSettings
 from minicpgd.errors import ConfigError, UserError
 
 try:
-    from trl import GRPOConfig
+    from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
     needs = "minicpgd.integrations.trl needs TRL 1.16 or newer: pip install 'minicpgd[trl]'"
     raise UserError(f"{needs} ({error})") from error
 
+__all__ = ["NOT_OURS", "CPGDConfig", "GRPOTrainer"]  # trl.py takes the trainer from here, after the check above.
 NOT_OURS = {
     "loss_type": "algorithm and aggregation",
     "importance_sampling_level": "importance_level",

@@ -7,8 +7,9 @@ that is known. You may add a file.
 """
 
 import contextlib
+import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,7 +19,7 @@ from minicpgd.config import TrainConfig
 from minicpgd.errors import ConfigError, did_you_mean, short_repr
 from minicpgd.files import parse_json
 
-__all__ = ["FOLDER", "KNOWN", "Recipe", "load_config", "load_recipe"]
+__all__ = ["FOLDER", "KNOWN", "Recipe", "load_config", "load_recipe", "save_config"]
 FOLDER = Path(__file__).parent
 KNOWN = sorted(path.stem for path in FOLDER.glob("*gb.yaml"))
 
@@ -110,3 +111,8 @@ def load_config(path: Path) -> TrainConfig:
         return TrainConfig(**values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def save_config(path: Path, config: TrainConfig) -> None:
+    """Write config.json."""
+    path.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")

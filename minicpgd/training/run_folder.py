@@ -33,7 +33,7 @@ from minicpgd.config import TrainConfig
 from minicpgd.errors import ConfigError, UserError, short_repr
 from minicpgd.files import parse_json, write_atomically
 from minicpgd.models.lora import adapter_config
-from minicpgd.recipes import load_config
+from minicpgd.recipes import load_config, save_config
 from minicpgd.training.metrics import StepLog
 
 LOGS = ("metrics", "timings", "samples", "passes")
@@ -250,11 +250,6 @@ class RunFolder:
             file.write("".join(map(_line, rows)).encode(errors="replace"))
             file.flush()
             os.fsync(file.fileno())
-
-
-def save_config(path: Path, config: TrainConfig) -> None:
-    """Write config.json."""
-    path.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ settings, $\pi_\theta = \pi_{old}$: every ratio is 1, no clip acts, the drift ha
 surrogates have the same gradient. Algorithms differ in how large K and the learning rate can be before they collapse.
 """
 
+import math
 import random
 import time
 from dataclasses import dataclass, replace
@@ -187,7 +188,7 @@ class Learner:
                     (scale * output.loss).backward()
                 # Keep no autograd graph: it would keep memory in use.
                 outputs.append(replace(output, loss=output.loss.detach()))
-            stops = mean_kl(outputs) > config.largest_kl
+            stops = config.largest_kl < math.inf and mean_kl(outputs) > config.largest_kl
             if stops or not learns:
                 self.optimizer.zero_grad()
                 return Update(outputs, grad_norm=None, ends_passes=stops)
