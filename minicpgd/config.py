@@ -44,11 +44,11 @@ class ObjectiveSettings(Settings):
     """Ratios are clipped above at 1 + epsilon_high. None: the algorithm's own, else epsilon."""
     clip_growth: Annotated[float, Range(0, 1e30)] = 1.0
     """The factor on epsilon and epsilon_high at a response's last token. It is 1 at the first, and linear between."""
-    drift_coef: Annotated[float | Literal["auto", "adaptive"], Range(0, 1e30)] = "auto"
-    """CPGD's alpha, the weight of the drift. auto: each rollout's largest |advantage|; adaptive: follows target_kl."""
+    drift_coef: Annotated[float | Literal["max_advantage", "adaptive"], Range(0, 1e30)] = 0.01
+    """CPGD's alpha. max_advantage: the largest |advantage| of each rollout; adaptive: follows target_kl."""
     drift_clip: Positive = 2.0
     """CPGD's c: the drift's gradient never exceeds it."""
-    target_kl: Annotated[float | None, Range(0, 1e30, above=True)] = None
+    target_kl: Annotated[float | None, Range(0, 1e30, above=True)] = 0.003
     """End the passes over a rollout once a minibatch's KL exceeds this (nats per token). None: never."""
     beta: Weight = 0.0
     """Weight of the KL to the model that training started from."""
@@ -58,7 +58,6 @@ class ObjectiveSettings(Settings):
     """How tokens and responses share one mean. None: the algorithm's own."""
     importance_level: Literal["token", "sequence", "sequence_mean"] | None = None
     """Ratios are taken per token, per sequence, or per sequence_mean (geometric). None: the algorithm's own."""
-
     group_reward_min: float | None = None
     """Leave groups with a smaller mean reward out of the loss. None: keep them."""
     group_reward_max: float | None = None
@@ -70,8 +69,9 @@ class ObjectiveSettings(Settings):
             raise ConfigError(f"clip_growth = {self.clip_growth}: times epsilon = {self.epsilon} it has to be below 1")
         if self.drift_coef == "adaptive" and self.target_kl is None:
             raise ConfigError("drift_coef = adaptive: it needs target_kl, the KL that it aims at; 0.003 is usual")
-        # The default has drift. It is asked first, because `row` needs torch, which takes seconds to import.
-        if self.algorithm == ObjectiveSettings.algorithm or self.row.drift or self.drift_coef == "auto":
+        # The default row has drift. It is asked first, because `row` needs torch, which takes seconds to import.
+        default = ObjectiveSettings
+        if self.algorithm == default.algorithm or self.row.drift or self.drift_coef == default.drift_coef:
             return
         from minicpgd.algorithms import ALGORITHMS
 

@@ -31,7 +31,7 @@ N, G = 16, 8  # prompts per rollout, responses per prompt
 MAX_TOKENS = 64  # per response
 PASSES, MINIBATCHES = 2, 4  # a rollout serves PASSES * MINIBATCHES = 8 updates
 LEARNING_RATE, MAX_GRAD_NORM = 1e-4, 1.0
-EPSILON, DRIFT_CLIP = 0.2, 2.0  # ε and c of section 4
+EPSILON, ALPHA, DRIFT_CLIP = 0.2, 0.01, 2.0  # ε, α and c of section 4
 
 # %% [markdown]
 # ## 1. A model and a task
@@ -156,7 +156,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 # %%
-def cpgd_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, alpha: float) -> Tensor:
+def cpgd_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, alpha: float = ALPHA) -> Tensor:
     """Compute -J. The advantages have the shape (b,), and the other tensors have the shape (b, T)."""
     d = logp - old_logp
     A = advantages[:, None]
@@ -183,13 +183,13 @@ def log_probs(rollout: Rollout, rows: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, ids[:, -T:, None])[..., 0]
 
 
-def update_policy(rollout: Rollout, advantages: Tensor, alpha: float, generator: Generator) -> list[float]:
+def update_policy(rollout: Rollout, advantages: Tensor, generator: Generator) -> list[float]:
     """Update the model on each minibatch of each pass, and return the losses."""
     losses = []
     for _ in range(PASSES):
         for rows in torch.randperm(N * G, generator=generator).chunk(MINIBATCHES):
             logp = log_probs(rollout, rows)
-            loss = cpgd_loss(logp, rollout.old_logp[rows], advantages[rows], rollout.mask[rows], alpha)
+            loss = cpgd_loss(logp, rollout.old_logp[rows], advantages[rows], rollout.mask[rows])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
@@ -204,8 +204,9 @@ def update_policy(rollout: Rollout, advantages: Tensor, alpha: float, generator:
 # A step is a rollout and the updates on it. Three generators draw its random numbers. The seed and the number of the
 # step determine all three.
 #
-# The paper does not state α. Here α is the largest |A| of the rollout. The package calls this rule `"auto"`, and the
-# rule is the package's, not the paper's.
+# The paper does not state α. The authors' code has 0.01, and so have this page and the package. By default the package
+# also ends the passes over a rollout once the policy is far from the old one (`target_kl`). The paper has no such stop,
+# and this page has none.
 
 
 # %%
@@ -222,8 +223,7 @@ def train_step(step: int) -> tuple[Rollout, Tensor, Tensor, list[float]]:
     rollout = sample_rollout([problem["prompt"] for problem in problems], token_generator)
     rewards = rule_rewards(problems, rollout)
     advantages = group_advantages(rewards)
-    alpha = advantages.abs().max().item()
-    losses = update_policy(rollout, advantages.flatten(), alpha, order_generator)
+    losses = update_policy(rollout, advantages.flatten(), order_generator)
     return rollout, rewards, advantages, losses
 
 

@@ -44,10 +44,13 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # reward depends only on the digit after the `#`.
 #
 # A `Learner` holds the policy and everything that trains it. The settings are those of `minicpgd train`, only smaller:
-# N = 2 problems, and G = 4 answers to each.
+# N = 2 problems, and G = 4 answers to each. The weight α of the drift is not the default, but the largest |A| of the
+# rollout (`max_advantage`), so that one can see the drift. No pass is ended early (`target_kl`).
 
 # %%
-config = TrainConfig(algorithm="cpgd", num_prompts=2, num_generations=4, num_minibatches=1, num_iterations=4)
+SHOW_DRIFT = {"drift_coef": "max_advantage", "target_kl": None}
+small = {"num_prompts": 2, "num_generations": 4, "num_minibatches": 1, "num_iterations": 4}
+config = TrainConfig(algorithm="cpgd", **small, **SHOW_DRIFT)
 learner = Learner.from_config(config)
 print(f"{learner.policy.model.num_parameters():,} parameters, {len(learner.policy.tokenizer)} tokens")
 
@@ -304,7 +307,7 @@ STEPS = 20  # fast: 2
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for seed, colour, dashes in zip(range(3), COLOURS, ("-", "--", ":"), strict=False):
-    run = Learner.from_config(TrainConfig(num_prompts=8, num_generations=8, num_iterations=2, seed=seed))
+    run = Learner.from_config(TrainConfig(num_prompts=8, num_generations=8, num_iterations=2, seed=seed, **SHOW_DRIFT))
     lines = [run.step(step).metrics for step in range(1, STEPS + 1)]
     for axis, name in zip(axes, ("reward", "completion_length"), strict=True):
         values = [line[name] for line in lines]
@@ -350,7 +353,9 @@ assert abs(A[0, 0] - 2.475) < 1e-2 and A.sum().abs() < 1e-5
 # Solution 3
 for seed in range(3):
     for name in ("cpgd", "cpg"):
-        small = {"num_prompts": 2, "num_generations": 4, "num_minibatches": 1, "num_iterations": 16}
-        line = Learner.from_config(TrainConfig(algorithm=name, seed=seed, **small)).step(1).metrics
+        settings = small | {"algorithm": name, "num_iterations": 16, "target_kl": None}
+        if name == "cpgd":
+            settings |= SHOW_DRIFT
+        line = Learner.from_config(TrainConfig(seed=seed, **settings)).step(1).metrics
         print(f"seed {seed}  {name:<4}  largest ratio {line['ratio_max']:6.2f}  kl_old {line['kl_old']:.4f}")
 # The drift limits both numbers: ratios stay near 2, and kl_old is 3.7 to 12 times smaller, with every seed.

@@ -143,6 +143,7 @@ SEEDS = 3  # fast: 1
 def walk(name, seed=0, passes=PASSES, **settings):
     """The learner, the experience of its rollout, and the output of the loss after each pass."""
     settings = {"num_prompts": 8, "num_generations": 8, "num_iterations": passes, "seed": seed, **settings}
+    settings = {"target_kl": None} | ({"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {}) | settings
     learner = Learner.from_config(TrainConfig(algorithm=name, **settings))
     generators = seed_step(seed, step=1)
     experience = learner.collect(generators)

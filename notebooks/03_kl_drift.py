@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from minicpgd import TrainConfig
-from minicpgd.algorithms import ALGORITHMS, LossSettings, auto_drift_coef, bounded_drift, exact_kl, k1, k2, k3
+from minicpgd.algorithms import ALGORITHMS, LossSettings, bounded_drift, exact_kl, k1, k2, k3, max_advantage_coef
 from minicpgd.models import quiet
 from minicpgd.plots.style import COLOURS, DASHES, KL, MARKERS, STYLE, line_style
 from minicpgd.training import Learner, seed_step
@@ -211,6 +211,7 @@ SEEDS = 3  # fast: 1
 def walk(name, seed, **settings):
     """The experience of a rollout, and the log-ratios before the first pass and after each pass."""
     settings = {"num_prompts": 8, "num_generations": 8, "num_iterations": PASSES, "seed": seed, **settings}
+    settings = {"target_kl": None} | ({"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {}) | settings
     learner = Learner.from_config(TrainConfig(algorithm=name, **settings))
     generators = seed_step(seed, step=1)
     experience = learner.collect(generators)
@@ -329,8 +330,10 @@ plt.show()
 # cases is α = −min A, which here is also max |A|. There r* is 0, and the ratio approaches it without ever reaching it.
 # [Notebook 7](07_theory_you_can_check.ipynb) derives all this.
 #
-# `drift_coef="auto"` sets α = max |A| for each rollout, which is never below −min A. If the largest |A| of a rollout
-# belongs to a negative A, then α equals −min A. This rule is the package's, not the paper's.
+# `drift_coef="max_advantage"` sets α = max |A| for each rollout, which is never below −min A. If the largest |A| of a
+# rollout belongs to a negative A, then α equals −min A. This rule is the package's, not the paper's. It was the
+# package's first default, and is no longer: [in long runs with few updates per rollout it destroys a
+# policy](../docs/default.md).
 #
 # ## 6. α in a real policy
 #
@@ -341,10 +344,10 @@ plt.show()
 # is the mean of $A\,(r - 1)$ over all tokens. It estimates what the updates aim at.
 
 # %%
-ALPHAS = (0, 0.3, 1, "auto", 3, 10)
+ALPHAS = (0, 0.3, 1, "max |A|", 3, 10)
 runs = {(alpha, s): walk("cpgd", s, drift_coef=alpha) for s in range(SEEDS) for alpha in (0.3, 1.0, 3.0, 10.0)}
 runs |= {(0, s): walks["cpg", s] for s in range(SEEDS)}  # `cpg` is `cpgd` with alpha = 0
-runs |= {("auto", s): walks["cpgd", s] for s in range(SEEDS)}
+runs |= {("max |A|", s): walks["cpgd", s] for s in range(SEEDS)}
 
 kl, gain = {}, {}
 for (alpha, seed), (experience, log_ratios) in runs.items():
@@ -352,8 +355,8 @@ for (alpha, seed), (experience, log_ratios) in runs.items():
     d, A = log_ratios[-1][mask], experience.advantages.view(-1, 1).expand_as(mask)[mask]
     kl[alpha, seed], gain[alpha, seed] = k3(d).mean().item(), (A * d.expm1()).mean().item()
 for alpha in ALPHAS:
-    print(f"alpha = {alpha:<5}", *(f"  KL {kl[alpha, s]:.4f} gain {gain[alpha, s]:.4f}" for s in range(SEEDS)))
-print("auto is", *(f"{runs['auto', seed][0].drift_coef:.2f}" for seed in range(SEEDS)))
+    print(f"alpha = {alpha:<7}", *(f"  KL {kl[alpha, s]:.4f} gain {gain[alpha, s]:.4f}" for s in range(SEEDS)))
+print("max |A| is", *(f"{runs['max |A|', seed][0].drift_coef:.2f}" for seed in range(SEEDS)))
 for seed in range(SEEDS):
     assert kl[0, seed] > kl[1, seed] > kl[10, seed] and gain[0, seed] > gain[1, seed] > gain[10, seed]
 
@@ -371,7 +374,7 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 # %% [markdown]
-# A larger α gives a smaller KL, with every seed, and mostly smaller ratios. With `auto`, where no r* is above 2, the
+# A larger α gives a smaller KL, with every seed, and mostly smaller ratios. With max |A|, where no r* is above 2, the
 # largest ratio of all seeds is between 1.8 and 2.2. Yet they do not settle: each minibatch has another gradient, and
 # momentum carries them past r*.
 #
@@ -380,13 +383,13 @@ plt.show()
 # that were trained on, so it favours the policy that follows them furthest. [Section 3 of the
 # results](../docs/results.md#3-how-large-should-the-drift-be) has whole runs with K = 64 and G = 16. (They have three
 # seeds, and another group size than those in notebook 2, so the numbers differ.) CPGD without drift ends at an accuracy
-# of 0.15, with α = 3 at 0.76, with `auto` at 0.72. With far too large an α it learns nothing. The useful range is about
-# tenfold, and depends on the size of the advantages.
+# of 0.15, with α = 3 at 0.76, with max |A| at 0.72. With far too large an α it learns nothing. The useful range is
+# about tenfold, and depends on the size of the advantages.
 #
 # ## Exercises
 #
-# 1. *One line.* Of 16 answers 15 are right. Which α does `auto` take, with the weight `std` and with `equal`? And if 8
-#    of 16 are right?
+# 1. *One line.* Of 16 answers 15 are right. Which α does `max_advantage` take, with the weight `std` and with `equal`?
+#    And if 8 of 16 are right?
 # 2. *By hand.* Show that the mean of k3 over samples of p is the KL. Which part of k3 has mean 0? How does that follow
 #    from the sum of all probabilities?
 # 3. *An experiment.* A rollout is small. With 64 samples and the distances of section 1, how often is the estimate by
@@ -398,7 +401,7 @@ for right in (15, 8):
     group = torch.tensor([[1.0] * right + [0.0] * (16 - right)])
     for weight in ("std", "equal"):
         A = ALGORITHMS["cpgd"].advantages(group, torch.ones(1, 16), advantage_weight=weight)
-        alpha = auto_drift_coef(A, previous=1.0)
+        alpha = max_advantage_coef(A, previous=1.0)
         print(f"{right:>2} right, {weight:<5}  A from {A.min():+.2f} to {A.max():+.2f}   alpha = {alpha:.2f}")
         assert alpha >= -A.min().item()
 # A rarer outcome has a larger |A|. With `std` the effect is stronger: -15 / sqrt(16) = -3.75 in place of -15 / 16.

@@ -24,7 +24,7 @@ import pandas as pd
 
 from minicpgd import TrainConfig, load_run, plots, train
 from minicpgd.algorithms import ALGORITHMS, k3
-from minicpgd.experiments.catalogue import BASE, HARD
+from minicpgd.experiments.catalogue import BASE, HARD, row_settings
 from minicpgd.experiments.early_warning import Rule, collapse_step, first_alarm, judge, load_traces
 from minicpgd.experiments.statistics import wilson
 from minicpgd.experiments.tables import anatomy_summary, fair_summary, map_summary, percent
@@ -66,9 +66,10 @@ table.iloc[:, :4]
 # at least 5.5 times [4.5, 6.4] that of REINFORCE++. In the bottom row it has no lead. Up to 1e-4 all four end between
 # 0.96 and 1.00, CPGD lowest at 1e-4. At 3e-4 RLOO has 0.78 where CPGD has 0.70.
 #
-# These runs have 20 steps. [A run of 2,000 steps](../docs/reliability.md#a-long-run) with CPGD's default α (`auto`),
-# one seed, and only K = 4 collapsed at step 358. GRPO with the same seed had not by step 450. So the map says which
-# settings CPGD tolerates for 20 steps, and nothing about longer runs.
+# These runs have 20 steps, no stop (`target_kl`), and the package's first default α, `max_advantage`. [A run of 2,000
+# steps](../docs/reliability.md#a-long-run) with the same α, one seed, and only K = 4 collapsed at step 358. GRPO with
+# the same seed had not by step 450. So the map says which settings CPGD tolerates for 20 steps, and nothing about
+# longer runs.
 #
 # **Predict.** CPGD is a clip and a drift. Which of the two prevents the collapse here? And what happens to GRPO with
 # the drift and no other change?
@@ -131,7 +132,7 @@ def train_and_keep(name):
     def keep(*_):
         kept.append({key: value.clone() for key, value in models[0].state_dict().items()})
 
-    settings = BASE | HARD | {"algorithm": name, "seed": SEED, "num_prompts": 6, "num_iterations": PASSES}
+    settings = BASE | HARD | row_settings(name) | {"seed": SEED, "num_prompts": 6, "num_iterations": PASSES}
     settings |= {"max_steps": STEPS, "logging_steps": 1}
     config = TrainConfig(**settings, output_dir=str(folder / name))
     states[name] = kept
@@ -444,7 +445,8 @@ left = {}
 for seed in SEEDS:
     for name in ("reinforce_pp", "reinforce_pp_drift", "cpgd"):
         settings = vars(load_run(runs["reinforce_pp"]).config)
-        learner = Learner.from_config(TrainConfig(**settings | {"algorithm": name, "seed": seed, "max_steps": BREAK}))
+        settings |= row_settings(name) | {"seed": seed, "max_steps": BREAK}
+        learner = Learner.from_config(TrainConfig(**settings))
         learner.policy.model.load_state_dict(states["reinforce_pp"][BREAK - 1])
         line = learner.step(BREAK).metrics
         left[name, seed] = line["eval_accuracy"]

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from minicpgd import ALGORITHMS, TrainConfig
-from minicpgd.algorithms import LossSettings, auto_drift_coef, bounded_drift, exact_kl, k3
+from minicpgd.algorithms import LossSettings, bounded_drift, exact_kl, k3, max_advantage_coef
 from minicpgd.experiments.statistics import bootstrap_mean
 from minicpgd.models import quiet
 from minicpgd.plots.style import STYLE, line_style
@@ -156,7 +156,7 @@ for size in (0.0, 0.1, 0.3, 1.0, 3.0):
 # every term has its maximum there. These ratios form a distribution, because their mean under $\pi_{\mathrm{old}}$
 # is 1.
 #
-# *Claim 5.* `auto_drift_coef` takes α = max|A|. This α is never below the bound, since max|A| ≥ −min A, and it
+# *Claim 5.* `max_advantage_coef` takes α = max|A|. This α is never below the bound, since max|A| ≥ −min A, and it
 # satisfies claim 4 with c = 2. Every $r^*$ is in [0, 2], since |A| ≤ α. And $r^* = 0$ requires A = −α, so it occurs
 # only if α is the bound itself. Then $w_a = 0$ for the worst action, $F$ stays bounded, and the ratio approaches 0
 # without reaching it.
@@ -210,7 +210,7 @@ for a in range(4):
     color, linestyle, marker = line_style(a)
     right.plot(grid, 1 + A4[a] / grid, color=color, linestyle=linestyle, label=f"A = {A4[a]:+.2f}")
     right.plot(alphas[3:], ratios[-1, 3:, a], marker, color=color, ms=7)
-right.axvline(auto_drift_coef(A4), color="black", lw=1, ls=(0, (1, 2)))
+right.axvline(max_advantage_coef(A4), color="black", lw=1, ls=(0, (1, 2)))
 right.set(xlabel="α  (dotted: max|A|)", ylabel="ratio at the maximum", xlim=(0.9, 3.9))
 right.legend(fontsize=9, ncols=2, loc="upper right")
 plt.show()
@@ -228,13 +228,14 @@ assert (ratios[-1, :3, 3] < ratios[99, :3, 3]).all()  # these are at the bound a
 # reward.
 #
 # Take rewards 0 and 1, and a share $p$ of right answers. Then $A$ is $1 - p$ or $-p$. Any α > 1 is above the bound of
-# every round, and `auto` means $\alpha = \max(p, 1 - p)$.
+# every round, and `max_advantage` means $\alpha = \max(p, 1 - p)$.
 #
-# **Predict.** Start at $p = 0.05$. What is $p$ after one rollout with `auto`, after two? And with the clip at 1.2?
+# **Predict.** Start at $p = 0.05$. What is $p$ after one rollout with `max_advantage`, after two? And with the clip at
+# 1.2?
 
 
 # %%
-def improve(name, rollouts, learning_rate, rule=auto_drift_coef, p=0.05):
+def improve(name, rollouts, learning_rate, rule=max_advantage_coef, p=0.05):
     shares = [p]
     for _ in range(rollouts):
         old, A = torch.tensor([p, 1 - p], dtype=torch.float64), torch.tensor([[1 - p, -p]], dtype=torch.float64)
@@ -246,16 +247,16 @@ def improve(name, rollouts, learning_rate, rule=auto_drift_coef, p=0.05):
 fixed = improve("pgd", rollouts=8, learning_rate=2.0, rule=lambda A: 1.1)
 free = improve("pgd", rollouts=5, learning_rate=2.0)
 clipped = improve("cpgd", rollouts=6, learning_rate=0.05)  # large steps would overshoot the clip's bound
-for label, shares in (("pgd, α = 1.1", fixed), ("pgd, auto", free), ("cpgd, auto", clipped)):
+for label, shares in (("pgd, α = 1.1", fixed), ("pgd, max |A|", free), ("cpgd, max |A|", clipped)):
     print(f"{label:<12}", *(f"{p:.3f}" for p in shares))
 assert (fixed.diff() > 0).all() and (fixed.diff() - fixed[:-1] * (1 - fixed[:-1]) / 1.1).abs().max() < 0.01
 assert torch.allclose(free[1:5] / free[:4], torch.tensor(2.0), atol=0.01)
 assert torch.allclose(clipped[1:7] / clipped[:6], torch.tensor(1.2), atol=0.02)
 
 # %% [markdown]
-# With α = 1.1 every gain is positive, and within 0.01 of $p(1-p)/1.1$ after these 300 steps. With `auto` and $p < 1/2$,
-# $r^* = 1 + (1-p)/(1-p) = 2$. So the share of right answers doubles, in any unit of the reward. From one half on, one
-# rollout leads to 1 by the formula, and to 0.999 in 300 steps.
+# With α = 1.1 every gain is positive, and within 0.01 of $p(1-p)/1.1$ after these 300 steps. With `max_advantage` and
+# $p < 1/2$, $r^* = 1 + (1-p)/(1-p) = 2$. So the share of right answers doubles, in any unit of the reward. From one
+# half on, one rollout leads to 1 by the formula, and to 0.999 in 300 steps.
 #
 # With the clip the share grows only by factors of 1.2 at first, however many updates CPGD makes. So the clip makes it
 # slow, by construction. Here that is only a cost: $A$ is exact, and the right answers deserve to double. In training,
@@ -264,14 +265,14 @@ assert torch.allclose(clipped[1:7] / clipped[:6], torch.tensor(1.2), atol=0.02)
 #
 # ### The same bound on a real rollout
 #
-# The next cell samples six rollouts of the embedded model, 16 problems with 16 answers each. As `drift_coef` is "auto",
-# `collect` computes it.
+# The next cell samples six rollouts of the embedded model, 16 problems with 16 answers each. As `drift_coef` is
+# "max_advantage", `collect` computes it.
 #
 # **Predict.** Which is larger, $-\min A$ or $\max A$? What is $A$ of a single failure among 16 answers?
 
 # %%
 SEEDS = 6  # fast: 2
-learner = Learner.from_config(TrainConfig(algorithm="cpgd", drift_coef="auto"))
+learner = Learner.from_config(TrainConfig(algorithm="cpgd", drift_coef="max_advantage"))
 print("seed   right   -min A   max A   drift_coef   1 + A/alpha from    to   15 of 16 right   1 of 16 right")
 for seed in range(SEEDS):
     experience = learner.collect(seed_step(seed, step=1))
@@ -279,7 +280,7 @@ for seed in range(SEEDS):
     low, high = 1 + A.min() / alpha, 1 + A.max() / alpha
     print(f"{seed:>4} {experience.rewards.mean():>7.2f} {-A.min():>8.2f} {A.max():>7.2f} {alpha:>12.2f}", end="")
     print(f" {low:>18.2f} {high:>5.2f} {(right == 15).sum():>16} {(right == 1).sum():>15}")
-    assert alpha == auto_drift_coef(A) >= -A.min() and low >= 0 and high <= 2
+    assert alpha == max_advantage_coef(A) >= -A.min() and low >= 0 and high <= 2
     assert not (right == 15).any() or abs(A.min() + 15 / 4) < 0.01  # this is -(G - 1) / sqrt(G)
 
 # %% [markdown]
@@ -304,7 +305,7 @@ for seed in range(SEEDS):
 old4, start = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.201, 1.201, 0.799, 1.0]], dtype=torch.float64)
 A4 = torch.tensor([0.84, 0.44, -0.36, -0.16], dtype=torch.float64)
 assert abs((old4 * A4).sum()) < 1e-12 and abs((old4 * start).sum() - 1) < 1e-12
-settings = LossSettings(drift_coef=auto_drift_coef(A4))
+settings = LossSettings(drift_coef=max_advantage_coef(A4))
 
 
 def walk(name, rate):
@@ -364,14 +365,14 @@ assert abs(rest[0] - 1.218) < 2e-3 and abs(rest[2] - 0.8) < 2e-3
 # bounds the reward rises to the best one.
 #
 # **Only checked**, on one example each: where clipped ratios go under Adam; that `cpgd` grows by factors of 1.2; that
-# averaging tokens changes the direction of the gradient; `auto`, whose α changes from rollout to rollout, for rewards
-# of 0 and 1.
+# averaging tokens changes the direction of the gradient; `max_advantage`, whose α changes from rollout to rollout, for
+# rewards of 0 and 1.
 #
 # **Neither**: sampled advantages, many contexts with shared weights, momentum, and answers of several tokens. With
 # several tokens the mean advantage after a prefix is some $m \ne 0$, even with exact expectations and unshared weights.
 # The weights then sum to $\alpha + m$, and the maximum is at $r^* = (\alpha + A)/(\alpha + m)$. The ratios $1 +
 # A/\alpha$ do not even form a distribution there; the bound $\alpha > -\min A$ stays the same. `docs/results.md`
-# measures how well `auto` works.
+# measures how well `max_advantage` works.
 #
 # **Claimed by the paper** (arXiv 2505.12504): that its method converges, and that it trains more stably. The package
 # takes formulas from it. Its theorems are not proved here, and the proofs above are not from it.
@@ -449,7 +450,7 @@ def learn(name, world, learning_rate, K, G=8, seed=0):
         states, actions, mask, rewards = play(theta, world, G, generator)
         old = theta.log_softmax(-1)[states, actions].detach()
         A = algorithm.advantages(rewards.view(-1, G), mask.sum(1).view(-1, G)).flatten()
-        alpha = auto_drift_coef(A, previous=alpha)
+        alpha = max_advantage_coef(A, previous=alpha)
         groups = (mask * (actions + 1)).view(-1, G, mask.shape[1])
         same = (groups == groups[:, :1]).all(dim=2).all(dim=1)
         seen.append([alpha, (A.view(-1, G) == 0).all(dim=1).float().mean(), same.float().mean()])
@@ -535,8 +536,8 @@ if COPIES == 32:
 # place of 0.83 (`docs/results.md`, section 2).
 #
 # In every rollout of `cpgd` and `pgd` some group of the 128 had a single success or failure, so α was $7/\sqrt{8} =
-# 2.47$, the largest possible with G = 8. So `auto` does not adapt here. It is a fixed α, larger than many a single
-# world would have.
+# 2.47$, the largest possible with G = 8. So `max_advantage` does not adapt here. It is a fixed α, larger than many a
+# single world would have.
 #
 # No copy ended below half of its best exact value. (The results page defines *collapse* differently, by means of
 # training rewards over 10 steps.) The states of a table share no weights; such a policy fails by committing too early.
@@ -544,7 +545,8 @@ if COPIES == 32:
 #
 # ## Exercises
 #
-# 1. Use twice the α of `auto` in `improve` (its `rule`). By which factor does a small $p$ grow per rollout with `pgd`?
+# 1. Use twice the α of `max_advantage` in `improve` (its `rule`). By which factor does a small $p$ grow per rollout
+#    with `pgd`?
 # 2. A group's mean contains the answer's own reward. For groups of G = 2 with weight `equal`, derive by what factor
 #    that shrinks the mean gradient, and check it over all 225 pairs of answers.
 # 3. Give GRPO the drift (`grpo_drift`) and train it aggressively in the maze. Does the drift matter there, or the
@@ -553,7 +555,7 @@ if COPIES == 32:
 # %% solution
 # Solution 1
 # r* = 1 + A / alpha = 1 + (1 - p) / (2 (1 - p)) = 1.5, for p < 1/2.
-shares = improve("pgd", rollouts=4, learning_rate=2.0, rule=lambda A: 2 * auto_drift_coef(A))
+shares = improve("pgd", rollouts=4, learning_rate=2.0, rule=lambda A: 2 * max_advantage_coef(A))
 assert torch.allclose(shares[1:] / shares[:-1], torch.tensor(1.5), atol=0.01)
 
 # %% solution

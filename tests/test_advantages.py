@@ -8,7 +8,7 @@ import torch
 
 from minicpgd import ALGORITHMS, TrainConfig
 from minicpgd.algorithms.advantages import WEIGHTS
-from minicpgd.algorithms.loss import auto_drift_coef
+from minicpgd.algorithms.loss import max_advantage_coef
 from minicpgd.errors import ConfigError
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
@@ -149,18 +149,18 @@ def test_only_reinforce_pp_with_equal_weights_needs_no_groups():
     assert TrainConfig(algorithm="reinforce_pp", num_generations=1).num_responses == 16
 
 
-def test_auto_drift_coef():
+def test_max_advantage_coef():
     """With std weights, one failure among G - 1 successes has the advantage -(G - 1) / sqrt(G), the largest of all."""
     for group in (4, 16):
         rewards = torch.ones(1, group, dtype=torch.float64)
         rewards[0, 2] = 0.0
         advantages = ALGORITHMS["cpgd"].advantages(rewards, torch.ones(1, group))
-        assert auto_drift_coef(advantages) == pytest.approx((group - 1) / group**0.5, rel=1e-3)
-        assert auto_drift_coef(-advantages) == pytest.approx((group - 1) / group**0.5, rel=1e-3)
-    assert auto_drift_coef(torch.tensor([0.25, -0.5])) == 0.5
-    assert isinstance(auto_drift_coef(torch.ones(4)), float)
-    assert auto_drift_coef(torch.zeros(4), previous=0.7) == 0.7
-    assert auto_drift_coef(torch.zeros(4)) == 1.0
+        assert max_advantage_coef(advantages) == pytest.approx((group - 1) / group**0.5, rel=1e-3)
+        assert max_advantage_coef(-advantages) == pytest.approx((group - 1) / group**0.5, rel=1e-3)
+    assert max_advantage_coef(torch.tensor([0.25, -0.5])) == 0.5
+    assert isinstance(max_advantage_coef(torch.ones(4)), float)
+    assert max_advantage_coef(torch.zeros(4), previous=0.7) == 0.7
+    assert max_advantage_coef(torch.zeros(4)) == 1.0
 
 
 def test_a_response_without_a_reward_is_not_in_the_baseline():

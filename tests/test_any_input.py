@@ -199,7 +199,7 @@ WORDS = [
     "None",
     "True",
     "cpgd",
-    "auto",
+    "max_advantage",
     "map",
     "{",
     "[1]",

@@ -64,7 +64,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ({"epsilon": 0}, "epsilon = 0: it has to be more than 0$"),
         ({"epsilon_high": -0.1}, "epsilon_high = -0.1: it has to be more than 0"),
         ({"drift_coef": -1.0}, "drift_coef = -1.0: it has to be at least 0"),
-        ({"drift_coef": "none"}, "drift_coef = 'none': float or auto or adaptive expected"),
+        ({"drift_coef": "none"}, "drift_coef = 'none': float or max_advantage or adaptive expected"),
         (
             {"drift_coef": 1.0, "algorithm": "grpo"},
             "drift_coef = 1.0: grpo has no drift; these have one: cpgd, pgd, grpo_drift, .*",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minicpgd import ALGORITHMS, LossSettings
-from minicpgd.algorithms.loss import auto_drift_coef
+from minicpgd.algorithms.loss import max_advantage_coef
 
 COUNTS = torch.tensor([4, 3, 2, 1])
 OLD = (COUNTS / COUNTS.sum()).double()
@@ -50,7 +50,7 @@ def test_below_the_bound_the_objective_has_no_maximum(factor):
 
 def test_auto_is_never_below_the_bound():
     """Ratios end at 1 + A / alpha, in [0, 2]. That of the worst action ends at 0, and approaches it as 1 / steps."""
-    alpha = auto_drift_coef(A)
+    alpha = max_advantage_coef(A)
     assert alpha >= -A.min()
     closed_form = 1 + A / alpha
     torch.testing.assert_close(ascend(alpha, steps=4000) / OLD, closed_form, atol=0.02, rtol=0)

@@ -363,11 +363,11 @@ def test_the_mean_gradient_of_cpgd_is_the_exact_one():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_default_settings(name):
-    """The clip is 0.2 (dapo's upper one 0.28), the drift has coefficient 1 and slope 2 at most, and beta is 0."""
+    """The clip is 0.2 (dapo's upper one 0.28), the drift has coefficient 0.01 and slope 2 at most, and beta is 0."""
     logp, old, advantages, mask = random_batch(spread=2.0)
     row, rest = ALGORITHMS[name], (logp, old, advantages, mask)
     weights = {"token_weights": row.token_weights(mask, 9)}
-    settings = LossSettings(epsilon=0.2, epsilon_high=None, drift_coef=1.0, drift_clip=2.0, beta=0.0)
+    settings = LossSettings(epsilon=0.2, epsilon_high=None, drift_coef=0.01, drift_clip=2.0, beta=0.0)
     plain = row.loss(*rest, **weights).loss.item()
     assert plain == row.loss(*rest, settings, **weights).loss.item()
     if name == "dapo":

@@ -38,8 +38,9 @@ def test_five_steps_are_those_of_the_package(page, monkeypatch):
         learning_rate=page.LEARNING_RATE,
         max_grad_norm=page.MAX_GRAD_NORM,
         epsilon=page.EPSILON,
-        drift_coef="auto",
+        drift_coef=page.ALPHA,
         drift_clip=page.DRIFT_CLIP,
+        target_kl=None,
     )
     learner = Learner.from_config(config)
     outputs = []

@@ -132,9 +132,9 @@ def test_an_unknown_recipe_and_a_recipe_for_a_run_that_continues_are_refused():
 
 def test_a_number_that_yaml_reads_as_text_is_a_number_in_a_recipe(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("train: {learning_rate: 2e-5, drift_coef: auto, beta: 1e-2}")
+    path.write_text("train: {learning_rate: 2e-5, drift_coef: max_advantage, beta: 1e-2}")
     config = load_recipe(str(path)).config
-    assert (config.learning_rate, config.drift_coef, config.beta) == (2e-5, "auto", 0.01)
+    assert (config.learning_rate, config.drift_coef, config.beta) == (2e-5, "max_advantage", 0.01)
 
 
 def write_problems(path, n=40):

@@ -174,14 +174,15 @@ def test_an_adaptive_coefficient_stays_where_nothing_was_learned(small):
 
 def test_adaptive_needs_a_kl_to_aim_at():
     with pytest.raises(ConfigError, match="^drift_coef = adaptive: it needs target_kl"):
-        TrainConfig(drift_coef="adaptive")
+        TrainConfig(drift_coef="adaptive", target_kl=None)
     assert TrainConfig(drift_coef="adaptive", target_kl=0.01).largest_kl == math.inf
     assert TrainConfig(target_kl=0.01).largest_kl == 0.01
-    assert TrainConfig().largest_kl == math.inf
+    assert TrainConfig(target_kl=None).largest_kl == math.inf
+    assert TrainConfig().largest_kl == 0.003
 
 
 def test_a_loss_takes_one_coefficient_by_default():
-    assert LossSettings().drift_coef == 1.0
+    assert LossSettings().drift_coef == TrainConfig().drift_coef == 0.01
 
 
 # From the paper: tokens of a group share one mean, bounds that loosen, weights of later passes, groups left out

@@ -295,7 +295,7 @@ def test_nothing_of_the_source_is_lost(path):
 def test_names_lead_to_their_definitions(site):
     step = (site / "source" / "training.step.html").read_text()
     for address in (
-        "../source/algorithms.loss.html#auto_drift_coef",
+        "../source/algorithms.loss.html#max_advantage_coef",
         "../source/models.sampling.html#generate",
         "../source/training.step.html#Learner.update",
     ):

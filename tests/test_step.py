@@ -29,8 +29,9 @@ def test_seed_and_step_alone_decide_what_is_drawn():
         assert all(a != b for a, b in zip(draw(other), first, strict=True))
 
 
-def test_auto_is_the_largest_advantage_of_each_rollout(small):
-    learner = Learner.from_config(small(num_prompts=8))
+def test_max_advantage_is_the_largest_advantage_of_each_rollout(small):
+    settings = {"num_prompts": 8, "drift_coef": "max_advantage"}
+    learner = Learner.from_config(small(**settings))
     coefficients = []
     for step in (1, 2):
         experience = learner.collect(seed_step(0, step))
@@ -38,7 +39,7 @@ def test_auto_is_the_largest_advantage_of_each_rollout(small):
         assert learner.drift_coef == 1  # Collecting does not change the learner.
         coefficients.append(experience.drift_coef)
     for step in (1, 2):
-        learner = Learner.from_config(small(f"step-{step}", num_prompts=8))
+        learner = Learner.from_config(small(f"step-{step}", **settings))
         learner.step(step)
         assert learner.drift_coef == coefficients[step - 1]
     learner = Learner.from_config(small("constant", drift_coef=0.7))

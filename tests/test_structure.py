@@ -131,7 +131,7 @@ def test_the_choices_of_a_setting_are_the_keys_of_its_table():
     for name, table in TABLES.items():
         assert sorted(choices.pop(name)) == sorted(table), name
     assert {name for name, values in choices.items() if values} == {"drift_coef", "dtype", "lr_scheduler_type", "optim"}
-    assert choices["drift_coef"] == ["auto", "adaptive"]
+    assert choices["drift_coef"] == ["max_advantage", "adaptive"]
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in choices["dtype"] if name != "auto")
 
 

@@ -263,7 +263,7 @@ def test_the_studies_have_the_settings_that_they_announce(tmp_path):
     assert grid == set(itertools.product(FOUR, (3e-5, 1e-4, 3e-4, 1e-3), (4, 16, 64)))
     assert len(cells) * len(seeds) == 240
     cells, _ = arms(STUDIES["drift"])
-    assert {c["drift_coef"] for c in cells} >= {0.0, 30.0, "auto"}
+    assert {c["drift_coef"] for c in cells} >= {0.0, 30.0, "max_advantage"}
     assert {(c["num_generations"], c["advantage_weight"]) for c in cells} == set(
         itertools.product((4, 16), ("std", "equal"))
     )
@@ -401,18 +401,19 @@ def test_the_summary_of_a_map_agrees_with_one_by_hand(tmp_path):
 
 
 def test_the_summary_of_a_drift_study_agrees_with_one_by_hand(tmp_path):
+    accuracies = {"0.0": (0.1, 0.3), "3.0": (0.8, 0.9), "30.0": (0.9, 0.5), "max_advantage": (0.6, 0.8)}
     rows = [
         {"drift_coef": coef, "seed": seed, "accuracy_final": final, "drift_coef_mean": 2.5}
-        for coef, finals in {"0.0": (0.1, 0.3), "3.0": (0.8, 0.9), "30.0": (0.9, 0.5), "auto": (0.6, 0.8)}.items()
+        for coef, finals in accuracies.items()
         for seed, final in enumerate(finals)
     ]
     table = pd.DataFrame(rows).assign(num_generations=4, advantage_weight="std", learning_rate=1e-4)
     table.assign(advantage_max_mean=1.5, advantage_min_mean=-2.0).to_csv(tmp_path / "study.csv")
     (row,) = drift_summary(tmp_path).to_dict("records")
     assert row["advantages"] == "G = 4, std, lr 1e-4"
-    assert (row["largest of A"], row["largest of −A"], row["α of auto, mean"]) == ("1.50", "2.00", "2.50")
+    assert (row["largest of A"], row["largest of −A"], row["α of the rule, mean"]) == ("1.50", "2.00", "2.50")
     assert (row["best α of the grid"], row["accuracy there"]) == ("3", "0.85 [0.80, 0.90]")
-    assert (row["accuracy at α = 0"], row["accuracy of auto"]) == ("0.20 [0.10, 0.30]", "0.70 [0.60, 0.80]")
+    assert (row["accuracy at α = 0"], row["accuracy of the rule"]) == ("0.20 [0.10, 0.30]", "0.70 [0.60, 0.80]")
 
 
 def test_the_summaries_of_the_fair_study_and_of_the_anatomy_agree_with_those_by_hand(tmp_path):

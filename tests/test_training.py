@@ -308,7 +308,7 @@ def test_the_public_names_and_defaults(tmp_path):
         "max_steps save_steps eval_steps logging_steps algorithm model task num_prompts num_minibatches drift_coef "
         "drift_clip advantage_weight aggregation chunk_size".split()
     )
-    assert TrainConfig().drift_coef == "auto"
+    assert TrainConfig().drift_coef == 0.01
     assert TrainConfig(num_iterations=16, num_minibatches=4).updates_per_rollout == 64
     with pytest.raises(UserError, match="not a run"):
         load_run(tmp_path / "nowhere")

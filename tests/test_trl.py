@@ -126,7 +126,7 @@ def test_the_loss_is_ours_for_every_row(make, name):
         inputs["advantages"],
         inputs["completion_mask"],
         epsilon=0.1,
-        drift_coef=inputs["advantages"].abs().max().item(),  # "auto"
+        drift_coef=0.01,
         max_completion_length=12,
     )
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6, abs=1e-7)
@@ -161,7 +161,7 @@ def test_a_setting_has_the_same_effect_in_trl(make, setting):
     inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + 0.5 * moved
     in_trl = trainer._compute_loss(trainer.model, inputs).item()
     tensors = trainer._scored[0], inputs["old_per_token_logps"], inputs["advantages"], inputs["completion_mask"]
-    common = {"drift_coef": inputs["advantages"].abs().max().item(), "max_completion_length": 12}
+    common = {"drift_coef": 0.01, "max_completion_length": 12}
     here, without = (loss_of("cpgd", *tensors, **(common | changes)).loss.item() for changes in (setting, {}))
     assert in_trl == pytest.approx(here, rel=1e-5)
     assert in_trl != pytest.approx(without, rel=1e-3)
@@ -387,8 +387,9 @@ def test_a_truncated_response_keeps_its_length_in_a_mean_over_tokens(make):
     assert torch.allclose(batch["advantages"], expected.flatten())
 
 
-def test_auto_continues_from_a_checkpoint_with_the_last_coefficient(make):
-    settings = {"num_iterations": 2, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+def test_max_advantage_continues_from_a_checkpoint_with_the_last_coefficient(make):
+    settings = {"drift_coef": "max_advantage", "num_iterations": 2}
+    settings |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     first = make(**settings)
     first.train()
     assert first.drift_coef != 1
@@ -539,12 +540,12 @@ def test_a_run_logs_trls_metrics_and_ours_and_can_evaluate(make):
     ("settings", "line"),
     [
         ({"algorithm": "gpro"}, "algorithm = 'gpro': did you mean 'grpo'"),
-        ({"drift_coef": "atuo"}, "drift_coef = 'atuo': float or auto or adaptive expected"),
+        ({"drift_coef": "most"}, "drift_coef = 'most': float or max_advantage or adaptive expected"),
         ({"drift_coef": "2.5", "algorithm": "grpo"}, "drift_coef = 2.5: grpo has no drift"),
         ({"epsilon": 2.0}, "epsilon = 2.0: it has to be less than 1"),
         ({"aggregation": "mean"}, "aggregation = 'mean': did you mean"),
         ({"aggregation": "group_token_mean"}, "aggregation = group_token_mean: TRL shuffles responses"),
-        ({"drift_coef": "adaptive"}, "drift_coef = adaptive: it needs target_kl"),
+        ({"drift_coef": "adaptive", "target_kl": None}, "drift_coef = adaptive: it needs target_kl"),
         ({"loss_type": "grpo"}, "loss_type: only TRL's own losses read it; here it is algorithm and aggregation"),
         ({"scale_rewards": "none"}, "scale_rewards: .* advantage_weight"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile: only TRL's"),

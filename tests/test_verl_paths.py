@@ -111,7 +111,7 @@ def test_flags_on_the_command_line_give_the_gradient_of_the_row(row, overrides, 
 
 def test_a_wrong_flag_stops_the_driver():
     with pytest.raises(Exception, match="3.75 for 16") as caught:
-        composed("cpgd", f"+{ACTOR}.policy_loss.drift_coef=auto")
+        composed("cpgd", f"+{ACTOR}.policy_loss.drift_coef=max_advantage")
     assert isinstance(caught.value.__cause__, UserError)
 
 

@@ -15,7 +15,7 @@ from parity.cases import B, T, agree, distance, loss_and_gradient, make, ours
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from minicpgd import ALGORITHMS, UserError
+from minicpgd import ALGORITHMS, TrainConfig, UserError
 from minicpgd.integrations import verl as plugin
 
 HORIZON = 20
@@ -109,9 +109,12 @@ def test_any_configuration_can_have_our_fields(kind):
     assert not agree(through_verl("cpgd", defaults, case), through_verl("cpgd", config, case))
 
 
-def test_the_drift_coefficient_is_1_by_default():
+def test_the_drift_coefficient_is_that_of_train_config_by_default():
     case = make(2)
-    assert agree(through_verl("cpgd", actor(policy_loss=PolicyLossConfig()), case), ours("cpgd", case, drift_coef=1.0))
+    assert agree(
+        through_verl("cpgd", actor(policy_loss=PolicyLossConfig()), case),
+        ours("cpgd", case, drift_coef=TrainConfig().drift_coef),
+    )
 
 
 def test_the_clip_bounds_are_those_of_verls_configuration():
@@ -183,7 +186,7 @@ def test_metrics_have_the_same_names_without_a_token():
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
-        ({"drift_coef": "auto"}, "(G-1)/sqrt(G): 2.475 for rollout.n=8, 3.75 for 16"),
+        ({"drift_coef": "max_advantage"}, "(G-1)/sqrt(G): 2.475 for rollout.n=8, 3.75 for 16"),
         ({"drift_coef": -1}, "policy_loss.drift_coef = -1: it has to be a number that is at least 0"),
         ({"drift_coef": "much"}, "policy_loss.drift_coef = 'much': it has to be a number"),
         ({"drift_clip": 0}, "policy_loss.drift_clip = 0: it has to be a number above 0"),
@@ -201,7 +204,7 @@ def test_wrong_fields_are_one_line(fields, line):
     assert "\n" not in str(caught.value)
 
 
-def test_the_numbers_in_the_line_about_auto_are_right():
+def test_the_numbers_in_the_line_about_max_advantage_are_right():
     for group, largest in ((8, 2.475), (16, 3.75)):
         rewards = torch.tensor([[1.0] + [0.0] * (group - 1)])
         assert ALGORITHMS["cpgd"].advantages(rewards, rewards).max().item() == pytest.approx(largest, rel=1e-3)

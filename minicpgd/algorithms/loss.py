@@ -40,7 +40,7 @@ class LossSettings:
     """Ratios are clipped below at 1 - epsilon."""
     epsilon_high: float | None = None
     """Ratios are clipped above at 1 + epsilon_high. None: the row's own value, else epsilon."""
-    drift_coef: float | Tensor = 1.0
+    drift_coef: float | Tensor = 0.01
     """CPGD's alpha, the weight of the policy drift: a number, or a tensor (B,) with one weight per response."""
     drift_clip: float = 2.0
     """CPGD's c: the gradient of the drift never exceeds it."""
@@ -242,8 +242,8 @@ def token_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
     return metrics | ({"kl_ref": torch.cat(ref).double().mean().item()} if ref else {})
 
 
-def auto_drift_coef(advantages: Tensor, previous: float = 1.0) -> float:
-    r"""The coefficient that `drift_coef="auto"` sets for a rollout: $\alpha = \max |A|$. Ours, not the paper's.
+def max_advantage_coef(advantages: Tensor, previous: float = 1.0) -> float:
+    r"""The coefficient of a rollout with `drift_coef="max_advantage"`: $\alpha = \max |A|$. Ours, not the paper's.
 
     Suppose that responses have one token, that expectations are exact, and that nothing is clipped. The objective is
     largest if each token has the ratio $r^* = 1 + A/\alpha$. With this rule $r^*$ lies in [0, 2]. With

@@ -17,7 +17,7 @@ from minicpgd.cli.progress import Bars, console, text_table
 from minicpgd.config import SEEDS, TrainConfig
 from minicpgd.errors import Range, UserError
 
-StudyName = Literal["map", "drift", "anatomy", "fair", "warning"]
+StudyName = Literal["map", "drift", "anatomy", "fair", "default", "warning"]
 COLUMNS = ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "max ratio", "sec.")
 
 

@@ -3,8 +3,8 @@ r"""The demo and the studies: the question, the algorithms, the settings and the
 Each study is a function of what may be made smaller: `STUDIES` has the full ones, `QUICK` those that take minutes. The
 seeds from 100 on were not used for anything before. The seeds of a search are never used for its report.
 
-All studies have the same rollout budget: 20 rollouts of 8 problems x 8 responses. They differ in the learning rate and
-in K, the number of updates on a rollout.
+All studies but `default` have the same rollout budget: 20 rollouts of 8 problems x 8 responses. They differ in the
+learning rate and in K, the number of updates on a rollout. `default_rule.py` has the study `default`.
 """
 
 import math
@@ -16,23 +16,32 @@ from pathlib import Path
 
 import pandas as pd
 
+from minicpgd.algorithms import ALGORITHMS
 from minicpgd.config import TrainConfig
+from minicpgd.experiments.default_rule import default_study
 from minicpgd.experiments.runner import Part, Settings, Study
 
 # The demo's setting was chosen because the difference shows: 64 updates on each rollout, at twice the default learning
 # rate, are far more than anyone recommends. The studies say where else it shows.
 DEMO: Settings = {
     "max_steps": 20, "num_prompts": 16, "num_generations": 8, "num_iterations": 16, "num_minibatches": 4,
-    "learning_rate": 2e-4, "eval_steps": 2, "logging_steps": 1,
+    "learning_rate": 2e-4, "eval_steps": 2, "logging_steps": 1, "target_kl": None,
 }  # fmt: skip
 FOUR = ("cpgd", "grpo", "rloo", "reinforce_pp")
-BASE: Settings = {"max_steps": 20, "num_prompts": 8, "num_generations": 8, "eval_steps": 2, "logging_steps": 5}
+BASE: Settings = {
+    "max_steps": 20, "num_prompts": 8, "num_generations": 8, "eval_steps": 2, "logging_steps": 5, "target_kl": None,
+}  # fmt: skip
 HARD: Settings = {"learning_rate": 1e-4, "num_iterations": 16}  # This makes K = 64.
 
 
+def row_settings(name: str) -> Settings:
+    """A row as the studies have it: without a stop, and with the drift of the first default, max_advantage."""
+    return {"algorithm": name} | ({"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {})
+
+
 def demo_configs(folder: Path, seed: int = 0) -> list[TrainConfig]:
-    """The runs of the demo in a folder; only the algorithm differs."""
-    return [TrainConfig(algorithm=name, seed=seed, output_dir=str(folder / name), **DEMO) for name in FOUR]
+    """The runs of the demo in a folder; only the row of the table differs."""
+    return [TrainConfig(**row_settings(name), seed=seed, output_dir=str(folder / name), **DEMO) for name in FOUR]
 
 
 def _always(settings: list[Settings]) -> Callable[[pd.DataFrame], list[Settings]]:
@@ -47,17 +56,17 @@ def map_study(
 ) -> Study:
     """The main study: learning rate x updates per rollout, for four algorithms."""
     cells = product(updates, rates, FOUR)
-    grid = [{"algorithm": row, "learning_rate": rate, "num_iterations": k // 4} for k, rate, row in cells]
+    grid = [row_settings(row) | {"learning_rate": rate, "num_iterations": k // 4} for k, rate, row in cells]
     asks = "How hard may each algorithm be pushed: how often can a rollout be reused, how large may the step be?"
     return Study("map", asks, BASE | {"max_steps": max_steps}, [Part("map", seeds, _always(grid))])
 
 
 def drift_study(
-    coefs: Sequence[float | str] = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0, "auto"),
+    coefs: Sequence[float | str] = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0, "max_advantage"),
     seeds: Sequence[int] = range(100, 103),
     max_steps: int = 20,
 ) -> Study:
-    r"""$\alpha$ from 0 to 30 beside `auto`, for advantages of different size."""
+    r"""$\alpha$ from 0 to 30 beside `max_advantage`, for advantages of different size."""
     shapes = [*product((4, 16), ("std", "equal"), (1e-4,)), (16, "std", 2e-4)]
     grid: list[Settings] = [
         HARD
@@ -72,7 +81,7 @@ def anatomy_study(seeds: Sequence[int] = range(100, 108), max_steps: int = 20) -
     """CPGD taken apart, the other algorithms with its drift, and GRPO with a KL to the reference instead."""
     grpo = ("grpo", "grpo_drift", "grpo_dual_clip", "grpo_unclipped")
     rows = ("cpgd", "cpg", "pgd", "pg", *grpo, "rloo", "rloo_drift", "reinforce_pp", "reinforce_pp_drift")
-    arms: list[Settings] = [HARD | {"algorithm": row} for row in rows]
+    arms: list[Settings] = [HARD | row_settings(row) for row in rows]
     arms += [HARD | {"algorithm": "grpo", "beta": beta} for beta in (0.04, 0.4)]
     asks = "Which half of CPGD does the work, and does it help the others as much?"
     return Study("anatomy", asks, BASE | {"max_steps": max_steps}, [Part("anatomy", seeds, _always(arms))])
@@ -91,7 +100,7 @@ def fair_study(
             rate, epsilon = 10 ** random_.uniform(-5, math.log10(3e-4)), random_.choice((0.1, 0.2, 0.3))
             settings = {"learning_rate": float(f"{rate:.2g}"), "epsilon": epsilon}
             settings["beta"] = random_.choice((0.0, 0.0, 0.01, 0.1))
-            arms += [HARD | {"algorithm": algorithm} | settings for algorithm in FOUR]
+            arms += [HARD | row_settings(name) | settings for name in FOUR]
         return arms
 
     def best(found: pd.DataFrame) -> list[Settings]:
@@ -99,20 +108,21 @@ def fair_study(
         names = ["algorithm", "learning_rate", "epsilon", "beta"]
         means = found.groupby(names, sort=False)["reward_last"].mean().reset_index()
         chosen = means.loc[means.groupby("algorithm", sort=False)["reward_last"].idxmax(), names]
-        return [HARD | settings for settings in chosen.to_dict("records")]
+        return [HARD | row_settings(settings["algorithm"]) | settings for settings in chosen.to_dict("records")]
 
     asks = "Does the difference survive when each algorithm has its own best settings?"
     parts = [Part("search", search_seeds, search), Part("report", seeds, best)]
     return Study("fair", asks, BASE | {"max_steps": max_steps}, parts)
 
 
-STUDIES = {study.name: study for study in (map_study(), drift_study(), anatomy_study(), fair_study())}
+STUDIES = {study.name: study for study in (map_study(), drift_study(), anatomy_study(), fair_study(), default_study())}
 QUICK = {
     study.name: replace(study, quick=True)
     for study in (
         map_study(rates=(1e-4, 3e-4), updates=(4, 64), seeds=range(100, 102), max_steps=12),
-        drift_study(coefs=(0.0, 3.0, "auto"), seeds=(100,), max_steps=10),
+        drift_study(coefs=(0.0, 3.0, "max_advantage"), seeds=(100,), max_steps=10),
         anatomy_study(seeds=(100,), max_steps=10),
         fair_study(draws=2, seeds=(300,), max_steps=10),
+        default_study(seeds=(100,), sizes=(8,), rates=(2e-4,), map_rates=(1e-4, 3e-4), max_steps=20),
     )
 }

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from minicpgd.algorithms import display_name
+from minicpgd.experiments.default_rule import SETTINGS, setting_names
 from minicpgd.experiments.outcome import HEALTHY
 from minicpgd.experiments.statistics import Estimate, bootstrap_mean, wilson
 
@@ -71,7 +72,7 @@ def geometric(values: pd.Series, form: str) -> str:
 
 
 def advantage_size(rows: pd.DataFrame) -> float:
-    """The largest |A| of a rollout, averaged over steps and runs: what `auto` follows."""
+    """The largest |A| of a rollout, averaged over steps and runs: what `max_advantage` follows."""
     return float(rows[["advantage_max_mean"]].assign(low=-rows["advantage_min_mean"]).max(axis=1).mean())
 
 
@@ -119,11 +120,12 @@ def map_summary(folder: Path) -> pd.DataFrame:
 
 
 def drift_summary(folder: Path) -> pd.DataFrame:
-    r"""The best $\alpha$ of the grid beside `auto`, for each size of advantages."""
+    r"""The best $\alpha$ of the grid beside `max_advantage`, for each size of advantages."""
     table = pd.read_csv(folder / "study.csv")
     rows = []
     for shape, runs in table.groupby(["num_generations", "advantage_weight", "learning_rate"], sort=False):
-        auto, grid = runs[runs["drift_coef"] == "auto"], runs[runs["drift_coef"] != "auto"]
+        is_rule = runs["drift_coef"] == "max_advantage"
+        rule, grid = runs[is_rule], runs[~is_rule]
         by_coef = dict(iter(grid.groupby(grid["drift_coef"].astype(float))["accuracy_final"]))
         best = max(by_coef, key=lambda coef: by_coef[coef].mean())
         row = {
@@ -133,8 +135,8 @@ def drift_summary(folder: Path) -> pd.DataFrame:
             "accuracy at α = 0": mean_text(by_coef[0.0]),
             "best α of the grid": f"{best:g}",
             "accuracy there": mean_text(by_coef[best]),
-            "α of auto, mean": f"{auto['drift_coef_mean'].mean():.2f}",
-            "accuracy of auto": mean_text(auto["accuracy_final"]),
+            "α of the rule, mean": f"{rule['drift_coef_mean'].mean():.2f}",
+            "accuracy of the rule": mean_text(rule["accuracy_final"]),
         }
         rows.append(row)
     return pd.DataFrame(rows)
@@ -200,7 +202,41 @@ def warning_summary(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def late_accuracy(folder: Path) -> pd.Series:
+    """The mean greedy accuracy of each run of a study over the last fifth of its steps, by the run's name."""
+    lengths = pd.read_csv(folder / "study.csv").drop_duplicates("run").set_index("run")["max_steps"]
+    steps = pd.read_csv(folder / "steps.csv.gz").dropna(subset="eval_accuracy")
+    late = steps[steps["step"] > 0.8 * steps["run"].map(lengths)]
+    return late.groupby("run")["eval_accuracy"].mean()
+
+
+def default_summary(folder: Path) -> pd.DataFrame:
+    """What the rule of `default_rule.py` asks of each setting: long runs beside no drift, the map, and K = 64."""
+    table = pd.read_csv(folder / "study.csv")
+    table = table.assign(name=setting_names(table), late=table["run"].map(late_accuracy(folder)))
+    updates = pd.read_csv(folder / "steps.csv.gz").groupby("run")["updates"].mean()
+    long, cell = table[table["part"] == "long"], ["num_prompts", "learning_rate"]
+    no_drift = long[long["name"] == "no drift"].groupby(cell)["late"].mean()
+    rows = []
+    for name in SETTINGS:
+        runs = table[table["name"] == name]
+        at_length = runs[runs["part"].isin(["screen", "long"])].drop_duplicates("run")
+        shares = at_length.groupby(cell)["late"].mean() / no_drift
+        on_map, reused = runs[runs["part"] == "map"], runs[runs["part"] == "K = 64"]
+        row = {
+            "setting": name,
+            "long runs, K = 4": str(len(at_length) or ""),
+            "collapsed": str(at_length["collapsed"].sum()) if len(at_length) else "",
+            "accuracy, of no drift's": f"{shares.min():.2f}" if len(at_length) else "",
+            "healthy share of the map": percent(healthy_share(on_map)) if len(on_map) else "",
+            "K = 64: final accuracy": mean_text(reused["accuracy_final"]) if len(reused) else "",
+            "updates per rollout": f"{reused['run'].map(updates).mean():.1f}" if len(reused) else "",
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 SUMMARIES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "map": map_summary, "drift": drift_summary, "anatomy": anatomy_summary, "fair": fair_summary,
-    "warning": warning_summary,
+    "default": default_summary, "warning": warning_summary,
 }  # fmt: skip

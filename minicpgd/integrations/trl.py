@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minicpgd.algorithms import LossOutput, adaptive_drift_coef, auto_drift_coef, kept_groups, token_metrics
+from minicpgd.algorithms import LossOutput, adaptive_drift_coef, kept_groups, max_advantage_coef, token_metrics
 from minicpgd.algorithms.aggregation import token_mean
 from minicpgd.errors import ConfigError
 from minicpgd.integrations.trl_config import CPGDConfig, GRPOTrainer
 from minicpgd.tasks.reward_call import LARGEST, refusal
 
-DRIFT_COEF = "drift_coef.json"  # A checkpoint has it, because "auto" and "adaptive" start from the last value.
+DRIFT_COEF = "drift_coef.json"  # A checkpoint has it, because the rules for drift_coef start from the last value.
 
 
 class CPGDTrainer(GRPOTrainer):
@@ -118,8 +118,8 @@ class CPGDTrainer(GRPOTrainer):
 
     def _begin_rollout(self, advantages: Tensor) -> None:
         """Set the drift's coefficient, from the advantages or from the KL of the last pass over the rollout before."""
-        if self.args.drift_coef == "auto":
-            self.drift_coef = auto_drift_coef(advantages, previous=self.drift_coef)
+        if self.args.drift_coef == "max_advantage":
+            self.drift_coef = max_advantage_coef(advantages, previous=self.drift_coef)
         elif self.args.drift_coef == "adaptive" and self._learned and self.args.target_kl:
             per_pass = max(1, self.args.steps_per_generation // self.args.gradient_accumulation_steps)
             total, tokens = torch.stack(self._kls[-per_pass:]).sum(dim=0).tolist()

@@ -42,9 +42,9 @@ class CPGDConfig(GRPOConfig):
     """
 
     algorithm: str = field(default="cpgd", metadata={"help": "A row of minicpgd's table."})
-    drift_coef: str = field(default="auto", metadata={"help": "Alpha: a number, or auto or adaptive."})
+    drift_coef: str = field(default="0.01", metadata={"help": "Alpha: a number, or max_advantage or adaptive."})
     drift_clip: float = field(default=2.0, metadata={"help": "The largest slope of the drift, c."})
-    target_kl: float | None = field(default=None, metadata={"help": "Make no more updates on a rollout above this KL."})
+    target_kl: float | None = field(default=0.003, metadata={"help": "End the updates on a rollout above this KL."})
     clip_growth: float = field(default=1.0, metadata={"help": "How far the clip bounds loosen along a response."})
     group_reward_min: float | None = field(default=None, metadata={"help": "Leave groups with less mean reward out."})
     group_reward_max: float | None = field(default=None, metadata={"help": "Leave groups with more mean reward out."})
@@ -55,7 +55,7 @@ class CPGDConfig(GRPOConfig):
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Not read: beta weighs k3 as it is."})
 
     def __post_init__(self) -> None:
-        with contextlib.suppress(ValueError, TypeError):  # It may be "auto"; `objective` refuses other words.
+        with contextlib.suppress(ValueError, TypeError):  # It may be "adaptive"; `objective` refuses other words.
             self.drift_coef = float(self.drift_coef)  # type: ignore[assignment]  # A command line has only strings.
         self.objective()
         if self.aggregation == "group_token_mean":

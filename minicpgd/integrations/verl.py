@@ -58,7 +58,7 @@ class CPGDLossConfig(PolicyLossConfig):
     """verl's `policy_loss` with three fields of ours, which mean the same as in `minicpgd.TrainConfig`.
 
     hydra makes it if `actor_rollout_ref.actor.policy_loss._target_` is `minicpgd.integrations.verl.CPGDLossConfig`.
-    Otherwise rows with drift use the defaults here. `drift_coef` is never "auto", because a loss in verl sees one
+    Otherwise rows with drift use the defaults here. `drift_coef` is a number, because a loss in verl sees one
     micro-batch and not the whole rollout.
 
     Raises:
@@ -66,7 +66,7 @@ class CPGDLossConfig(PolicyLossConfig):
     """
 
     loss_mode: str = "minicpgd_cpgd"
-    drift_coef: float = 1.0
+    drift_coef: float = 0.01
     drift_clip: float = 2.0
     importance_level: str | None = None
 
@@ -74,16 +74,16 @@ class CPGDLossConfig(PolicyLossConfig):
         modes = [PREFIX + name for name in ALGORITHMS]
         with_drift = [PREFIX + name for name, row in ALGORITHMS.items() if row.drift]
         coef, clip, level = self.drift_coef, self.drift_clip, self.importance_level
-        auto = "verl's losses see micro-batches, not the advantages of a rollout; set the largest |A|, which for 0/1 "
-        auto += "rewards and std weights is (G-1)/sqrt(G): 2.475 for rollout.n=8, 3.75 for 16"
+        rule = "verl's losses see micro-batches, not the advantages of a rollout; set the largest |A|, which for 0/1 "
+        rule += "rewards and std weights is (G-1)/sqrt(G): 2.475 for rollout.n=8, 3.75 for 16"
         only = f"only these have a drift: {', '.join(with_drift)}"
         for name, right, wanted in (
             ("loss_mode", self.loss_mode in modes, f"only our losses read it; {_choice(self.loss_mode, modes)}"),
-            ("drift_coef", coef != "auto", auto),
+            ("drift_coef", coef != "max_advantage", rule),
             ("drift_coef", _is_number(coef) and coef >= 0, "it has to be a number that is at least 0"),
             ("drift_clip", _is_number(clip) and clip > 0, "it has to be a number above 0"),
             ("importance_level", level is None or level in LEVELS, _choice(level, LEVELS)),
-            ("drift_coef", coef == 1 or self.loss_mode in with_drift, only),
+            ("drift_coef", coef == CPGDLossConfig.drift_coef or self.loss_mode in with_drift, only),
         ):
             if not right:
                 raise ConfigError(f"policy_loss.{name} = {getattr(self, name)!r}: {wanted}")

@@ -4,6 +4,7 @@ In: run folders, studies, predictions, responses, or rows of the table. Out: a m
 writes files. `style.py` has what the figures share.
 """
 
+from minicpgd.plots.clip_and_drift import clip_against_drift
 from minicpgd.plots.maps import map_curves, map_frontiers, map_heat
 from minicpgd.plots.memory import memory_bars
 from minicpgd.plots.objectives import objective_curves, token_regions
@@ -12,7 +13,7 @@ from minicpgd.plots.studies import anatomy_passes, anatomy_rows, drift_coefs, fa
 from minicpgd.plots.tokens import token_text
 
 __all__ = [
-    "anatomy_passes", "anatomy_rows", "drift_coefs", "fair_search", "map_curves", "map_frontiers", "map_heat",
-    "memory_bars", "objective_curves", "ratio_ranges", "token_regions", "token_text", "training_curves",
-    "warning_signals",
+    "anatomy_passes", "anatomy_rows", "clip_against_drift", "drift_coefs", "fair_search", "map_curves",
+    "map_frontiers", "map_heat", "memory_bars", "objective_curves", "ratio_ranges", "token_regions", "token_text",
+    "training_curves", "warning_signals",
 ]  # fmt: skip

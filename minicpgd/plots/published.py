@@ -20,6 +20,7 @@ STUDY_FIGURES: dict[str, dict[str, Callable[[Path], Figure]]] = {
     "drift": {"drift": plots.drift_coefs},
     "anatomy": {"anatomy": plots.anatomy_rows, "passes": plots.anatomy_passes},
     "fair": {"fair": plots.fair_search},
+    "default": {"clip_against_drift": plots.clip_against_drift},
     "warning": {"warning": plots.warning_signals},
 }
 

@@ -20,7 +20,7 @@ from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, 
 
 @styled
 def drift_coefs(folder: Path) -> Figure:
-    r"""The effect of $\alpha$, for advantages of different size; `auto` is a large open marker."""
+    r"""The effect of $\alpha$, for advantages of different size; `max_advantage` is a large open marker."""
     table = pd.read_csv(folder / "study.csv")
     panels = (
         ("accuracy_final", "Where it ends", ACCURACY),
@@ -32,15 +32,16 @@ def drift_coefs(folder: Path) -> Figure:
     axes = list(figure.subplots(2, 2).flat)
     shapes = table.groupby(["num_generations", "advantage_weight", "learning_rate"], sort=False)
     for i, (shape, rows) in enumerate(shapes):
-        auto, grid = rows[rows["drift_coef"] == "auto"], rows[rows["drift_coef"] != "auto"]
+        is_rule = rows["drift_coef"] == "max_advantage"
+        rule, grid = rows[is_rule], rows[~is_rule]
         grid = grid.assign(alpha=grid["drift_coef"].astype(float))
         for axis, (metric, title, unit) in zip(axes, panels, strict=True):
             scale = advantage_size(rows) if "units" in title else 1.0
             by = {alpha / scale: _middle(metric, values) for alpha, values in grid.groupby("alpha")[metric]}
             band(axis, i, by, shape_name(*shape))
-            value = _middle(metric, auto[metric]).value
+            value = _middle(metric, rule[metric]).value
             mark = {"marker": line_style(i).marker, "markersize": 12, "markerfacecolor": "white", "markeredgewidth": 2}
-            axis.plot(auto["drift_coef_mean"].mean() / scale, value, color=COLOURS[i], **mark)  # type: ignore[arg-type]
+            axis.plot(rule["drift_coef_mean"].mean() / scale, value, color=COLOURS[i], **mark)  # type: ignore[arg-type]
             axis.set(title=title, ylabel=unit)
             axis.set_xscale("symlog", linthresh=0.3, linscale=0.5)
             axis.xaxis.set_minor_locator(NullLocator())
@@ -50,7 +51,7 @@ def drift_coefs(folder: Path) -> Figure:
     axes[1].set_ylim(0, 1.03)
     axes[2].set_yscale("log")
     axes[3].set_yticks([0, 5, 10, 15, 20, 22], ["0", "5", "10", "15", "20", "never"])
-    axes[0].plot([], [], "o", color="black", markersize=12, markerfacecolor="white", label="large and open: auto")
+    axes[0].plot([], [], "o", color="black", markersize=12, markerfacecolor="white", label="large and open: max |A|")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, handlelength=3.2)
     return figure
 

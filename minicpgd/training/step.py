@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minicpgd.algorithms.advantages import kept_groups
-from minicpgd.algorithms.loss import Algorithm, adaptive_drift_coef, auto_drift_coef, mean_kl
+from minicpgd.algorithms.loss import Algorithm, adaptive_drift_coef, max_advantage_coef, mean_kl
 from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError
 from minicpgd.models.logprobs import token_logprobs
@@ -56,7 +56,7 @@ def seed_step(seed: int, step: int, device: torch.device | str = "cpu") -> Gener
 class Learner:
     """What a run carries from step to step.
 
-    `drift_coef` is the coefficient of the next rollout. With "auto" it is used only if all advantages are 0.
+    `drift_coef` is the coefficient of the next rollout. With "max_advantage" it is used only if all advantages are 0.
     """
 
     config: TrainConfig
@@ -105,8 +105,9 @@ class Learner:
 
         # Compare the rewards: within each group, or over the batch.
         advantages = self.algorithm.advantages(rewards - penalty, rollout.lengths.view(shape))
-        is_auto = config.drift_coef == "auto"
-        drift_coef = auto_drift_coef(advantages, previous=self.drift_coef) if is_auto else self.drift_coef
+        drift_coef = self.drift_coef
+        if config.drift_coef == "max_advantage":
+            drift_coef = max_advantage_coef(advantages, previous=drift_coef)
         kept = kept_groups(rewards, config.group_reward_min, config.group_reward_max)
         used = kept.repeat_interleave(config.num_generations)
         if config.mask_truncated_completions:

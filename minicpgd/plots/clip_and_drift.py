@@ -1,0 +1,67 @@
+"""The clip against the drift: the force on one token, and the two fates of a policy that it decides.
+
+In: the folder of the study `default`. Out: a matplotlib `Figure`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from minicpgd.algorithms import ALGORITHMS
+from minicpgd.experiments.default_rule import first_on_the_map, setting_names
+from minicpgd.experiments.tables import rate_name
+from minicpgd.plots.objectives import SHADE, objective_and_weight
+from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, RATIO, styled
+
+
+@styled
+def clip_against_drift(folder: Path) -> Figure:
+    """The force on a token over its ratio, and below it long runs at K = 4, and runs at K = 64, with and without it."""
+    table = pd.read_csv(folder / "study.csv")
+    table = table.assign(name=setting_names(table))
+    steps = pd.read_csv(folder / "steps.csv.gz").dropna(subset="eval_accuracy")
+    figure = Figure(figsize=(10, 7.4), layout="constrained")
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(5, 6)))
+    top = above.subplots(1, 2, sharey=True)
+    for axis, advantage in zip(top, (-1.0, 1.0), strict=True):
+        draw_net_force(axis, advantage)
+    top[0].set_ylabel("force on its log-probability")
+    above.legend(*top[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=3.2)
+    chosen = first_on_the_map(table)
+    names = {"no drift": COLOURS[4], "max|A|": COLOURS[1], chosen: COLOURS[0]}
+    size = table.loc[table["part"] == "long", "num_prompts"].min()
+    long = table.query(f"part == 'long' and num_prompts == {size}")
+    rate = long["learning_rate"].min()
+    panels = (
+        (f"K = 4, learning rate {rate_name(rate)}: the pull destroys", long[long["learning_rate"] == rate]),
+        ("K = 64: the pull protects, the stop more so", table[table["part"] == "K = 64"]),
+    )
+    for axis, (title, runs) in zip(below.subplots(1, 2, sharey=True), panels, strict=True):
+        for which, (name, colour) in enumerate(names.items()):
+            also = {"no drift": "GRPO"}.get(name, name) if "64" in title else name
+            rows = steps.merge(runs.loc[runs["name"] == also, ["run"]], on="run")
+            by_seed = rows.pivot_table(index="step", columns="run", values="eval_accuracy")
+            axis.plot(by_seed, color=colour, linewidth=0.6, alpha=0.35, linestyle=DASHES[which])
+            axis.plot(by_seed.mean(axis=1), color=colour, linestyle=DASHES[which], label=also, linewidth=2.4)
+        axis.set(title=title, xlabel="rollout", ylim=(0, 1.03))
+        axis.legend(handlelength=3.2, loc="lower left")
+    below.axes[0].set_ylabel(ACCURACY)
+    return figure
+
+
+def draw_net_force(axis: Axes, advantage: float, alpha: float = 1.0) -> None:
+    """Surrogate, drift and their sum, as forces on the log-probability of one token; clipped ratios are shaded."""
+    ratios = torch.linspace(0.4, 1.6, 481, dtype=torch.float64)
+    _, total, clipped = objective_and_weight(ALGORITHMS["cpgd"], ratios, advantage, drift_coef=alpha)
+    _, surrogate, _ = objective_and_weight(ALGORITHMS["cpg"], ratios, advantage)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.plot(ratios, surrogate, color=COLOURS[2], linestyle=DASHES[1], label="advantage, with the clip")
+    axis.plot(ratios, total - surrogate, color=COLOURS[1], linestyle=DASHES[2], label="drift")
+    axis.plot(ratios, total, color=COLOURS[0], linewidth=2.6, label="their sum")
+    axis.fill_between(ratios, -2, 2, where=clipped.numpy(), color=SHADE, label="clipped: the drift acts alone")
+    kind = "that failed, A = −1" if advantage < 0 else "that succeeded, A = 1"
+    axis.set(title=f"A token {kind}", xlabel=RATIO, ylim=(-1.7, 1.7), xlim=(0.4, 1.6))
