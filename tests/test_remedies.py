@@ -9,12 +9,12 @@ import torch
 from conftest import loss_of
 from transformers import get_scheduler
 
-from minicpgd import ALGORITHMS, LossSettings, TrainConfig
-from minicpgd.algorithms import adaptive_drift_coef, kept_groups, mean_kl, token_metrics
+from minicpgd import ALGORITHMS, LossSettings, TrainConfig, train
+from minicpgd.algorithms import adaptive_drift_coef, drift_warning, kept_groups, mean_kl, token_metrics
 from minicpgd.algorithms.aggregation import group_token_mean, sequence_mean
 from minicpgd.errors import ConfigError
 from minicpgd.models.precision import learning_rate, make_optimizer, start_rollout
-from minicpgd.training import metrics
+from minicpgd.training import Callbacks, metrics
 from minicpgd.training.step import Learner, seed_step
 
 
@@ -380,3 +380,28 @@ def test_a_step_logs_and_uses_its_learning_rate(small):
 def test_a_pass_that_was_stopped_is_no_pass_that_skipped():
     seen = metrics.Pass([], [0.0, 0.0, 0.0], [1.0], was_ended=True)
     assert (seen.skipped, seen._replace(was_ended=False).skipped) == (1, 2)
+
+
+# Where runs decayed
+
+
+@pytest.mark.parametrize(
+    ("drift_coef", "updates", "warns"),
+    [(1.0, 4, True), (2.5, 16, True), ("max_advantage", 4, True), (0.99, 4, False), (0.01, 4, False)]
+    + [("adaptive", 4, False), (1.0, 1, False), ("max_advantage", 64, False)],
+)
+def test_a_line_warns_where_runs_decayed(small, drift_coef, updates, warns):
+    line = drift_warning(drift_coef, updates)
+    assert (line is not None) == warns
+    if warns:
+        assert line.startswith(f"drift_coef = {drift_coef} and K = {updates} updates per rollout: ")
+        assert "\n" not in line
+
+
+@pytest.mark.parametrize(("name", "count"), [("cpgd", 1), ("pgd", 1), ("cpg", 0)])
+def test_a_run_warns_once_and_only_with_a_drift(small, name, count):
+    settings = {"drift_coef": "max_advantage"} if count else {}
+    lines = []
+    train(small(algorithm=name, max_steps=1, **settings), callbacks=Callbacks(on_warning=lines.append))
+    assert len(lines) == count
+    assert all("drift_coef = max_advantage and K = 2" in line for line in lines)

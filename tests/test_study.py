@@ -270,7 +270,7 @@ def test_the_studies_have_the_settings_that_they_announce(tmp_path):
     for study in (*STUDIES.values(), *QUICK.values()):
         for config in study.runs(study.parts[0], pd.DataFrame(), tmp_path)["config"]:
             assert config.num_responses == 64  # All have rollouts of one size.
-            assert config.max_steps == study.base["max_steps"]
+            assert study.name == "default" or config.max_steps == study.base["max_steps"]
     names = {c["algorithm"] for c in arms(anatomy_study())[0]}
     assert {"cpgd", "cpg", "pgd", "grpo_drift", "grpo_dual_clip", "grpo_unclipped", "rloo_drift", "grpo"} < names
     assert drift_study().name == "drift"

@@ -12,6 +12,7 @@ from minicpgd.algorithms.loss import (
     LossOutput,
     LossSettings,
     adaptive_drift_coef,
+    drift_warning,
     max_advantage_coef,
     mean_kl,
     token_metrics,
@@ -21,6 +22,6 @@ from minicpgd.algorithms.table import ALGORITHMS, display_name
 
 __all__ = [
     "AGGREGATIONS", "ALGORITHMS", "LEVELS", "WEIGHTS", "Algorithm", "LossOutput", "LossSettings",
-    "adaptive_drift_coef", "max_advantage_coef", "bounded_drift", "display_name", "exact_kl", "k1", "k2", "k3",
-    "kept_groups", "mean_kl", "token_metrics",
+    "adaptive_drift_coef", "bounded_drift", "display_name", "drift_warning", "exact_kl", "k1", "k2", "k3",
+    "kept_groups", "max_advantage_coef", "mean_kl", "token_metrics",
 ]  # fmt: skip

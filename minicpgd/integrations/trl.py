@@ -8,6 +8,7 @@ metrics from `kl_old` to `skipped_updates`. This file needs the extra `trl`.
 """
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minicpgd.algorithms import LossOutput, adaptive_drift_coef, kept_groups, max_advantage_coef, token_metrics
+from minicpgd.algorithms import (
+    LossOutput,
+    adaptive_drift_coef,
+    drift_warning,
+    kept_groups,
+    max_advantage_coef,
+    token_metrics,
+)
 from minicpgd.algorithms.aggregation import token_mean
 from minicpgd.errors import ConfigError
 from minicpgd.integrations.trl_config import CPGDConfig, GRPOTrainer
@@ -56,6 +64,9 @@ class CPGDTrainer(GRPOTrainer):
             raise ConfigError(f"args is a {type(self.args).__name__}: CPGDTrainer takes a CPGDConfig")
         self.objective = self.args.objective()
         self.algorithm = self.objective.row
+        updates = self.args.num_iterations * self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        if self.algorithm.drift and (line := drift_warning(self.args.drift_coef, updates)):
+            warnings.warn(line, stacklevel=2)
         self.drift_coef = 1.0 if isinstance(self.args.drift_coef, str) else self.args.drift_coef
         _, upper = self.algorithm.clip_bounds(self.args.epsilon, self.args.epsilon_high)
         self.epsilon_high = upper - 1  # TRL's metrics read it. A row may have its own.

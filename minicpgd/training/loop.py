@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from minicpgd.algorithms import drift_warning
 from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError, UserError, is_out_of_memory
 from minicpgd.models.policy import Policy
@@ -56,6 +57,8 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
         config = replace(config, chat_date=date.today().isoformat())
         learner.config = learner.policy.settings = config
     check_sampler(learner.policy, [row["prompt"] for row in learner.task.held_out(4)], config)
+    if learner.algorithm.drift and (line := drift_warning(config.drift_coef, config.updates_per_rollout)):
+        callbacks.on_warning(line)
     callbacks.on_load(learner.policy)
     with _one_line_for_disk_errors(config.folder):
         run = RunFolder.reopen(config) if resume else RunFolder.create(config)
