@@ -47,6 +47,9 @@ RUNS = {
     ("cpgd", "trl"): "CPGD, in TRL (CPGDTrainer)",
 }
 
+# The published runs have the first default of the package: a large drift, and no stop.
+FIRST_DEFAULT = {"drift_coef": "max_advantage", "target_kl": None}
+
 
 def train_in_our_loop(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[float], float]:
     """Train with our loop, and return the reward of each rollout and the greedy accuracy at the end."""
@@ -61,6 +64,7 @@ def train_in_our_loop(rate: float, algorithm: str, seed: int, folder: str) -> tu
         learning_rate=rate,
         max_completion_length=MAX_LENGTH,
         output_dir=folder,
+        **(FIRST_DEFAULT if algorithm == "cpgd" else {"target_kl": None}),
     )
     run = load_run(train(config))
     return run.metrics["reward"][1:].tolist(), float(run.metrics["eval_accuracy"][-1])
@@ -94,7 +98,7 @@ def train_in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[l
         "bf16": False,
     }
     trainer_class, args = (
-        (CPGDTrainer, CPGDConfig(algorithm="cpgd", **settings))
+        (CPGDTrainer, CPGDConfig(algorithm="cpgd", **FIRST_DEFAULT, **settings))
         if algorithm == "cpgd"
         else (GRPOTrainer, GRPOConfig(loss_type="grpo", **settings))
     )

@@ -49,7 +49,10 @@ def main(steps: int = STEPS) -> None:
             bars.update(0, step, f"{rows[-1][1]:.1f} MiB")
             started = time.process_time()
 
-        config = TrainConfig(max_steps=steps, output_dir=str(Path(folder) / "run"))
+        # The published run has the first default of the package: a large drift, and no stop.
+        config = TrainConfig(
+            drift_coef="max_advantage", target_kl=None, max_steps=steps, output_dir=str(Path(folder) / "run")
+        )
         train(config, callbacks=Callbacks(on_step=measure))
     table = pd.DataFrame(rows, columns=["step", "held_mib", "cpu_seconds", "tokens_per_response", "reward"])
     console.print(summary(table).to_string(index=False))

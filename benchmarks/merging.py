@@ -57,6 +57,7 @@ def main() -> None:
         configs = [
             TrainConfig(
                 load_in_4bit=True, lora_r=16, learning_rate=rate, seed=seed, max_steps=30, eval_steps=30,
+                drift_coef="max_advantage", target_kl=None,  # the first default of the package
                 output_dir=f"{name}/{rate:g}-{seed}",
             )
             for rate in LEARNING_RATES

@@ -78,7 +78,8 @@ def make_config(size: str, folder: Path) -> TrainConfig:
     else:
         architecture = model_config(config.model)
     save_random(architecture, folder, torch.bfloat16, PROMPT)
-    return replace(config, model=str(folder / "model"), task="jsonl", data=str(folder / "problems.jsonl"), reward=None)
+    data = {"task": "jsonl", "data": str(folder / "problems.jsonl"), "reward": None}
+    return replace(config, model=str(folder / "model"), target_kl=None, **data)  # A stop would leave updates out.
 
 
 def measure_ours(config: TrainConfig, connection: Connection) -> None:

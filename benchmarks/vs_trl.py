@@ -56,7 +56,8 @@ STEPS = {"embedded": 22, "30m": 6}
 
 def make_config(size: str, folder: Path) -> TrainConfig:
     """Return the settings of both loops. For `30m`, save the model and its problems to the folder."""
-    config = TrainConfig(algorithm="grpo", num_minibatches=4, max_steps=STEPS[size], max_completion_length=64)
+    settings = {"num_minibatches": 4, "max_steps": STEPS[size], "max_completion_length": 64}
+    config = TrainConfig(algorithm="grpo", target_kl=None, **settings)  # A stop would leave updates out.
     if size == "embedded":
         return config
     shape = LlamaConfig(

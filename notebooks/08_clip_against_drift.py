@@ -20,9 +20,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from minicpgd import TrainConfig
+from minicpgd import ALGORITHMS, TrainConfig, plots
+from minicpgd.algorithms import k3
+from minicpgd.experiments.tables import default_summary
 from minicpgd.models import quiet
 from minicpgd.plots.clip_and_drift import draw_net_force
+from minicpgd.plots.objectives import objective_and_weight
 from minicpgd.plots.style import COLOURS, DASHES, RATIO, STYLE
 from minicpgd.training import Learner, seed_step
 
