@@ -287,11 +287,12 @@ for seed in range(SEEDS):
 # A single failure among G has $A = -(G-1)/\sqrt{G}$, here −3.75; seeds 0 and 4 have one. Seed 3 has a single success,
 # with +3.75, and its α is three times −min A. So either of the two can be larger; in seed 2 they are equal.
 #
-# In three of six rollouts (seeds 0, 2, 4) α *is* the bound. Claim 1 needs an α *above* the bound, so it does not cover
-# them. Is `max_advantage` safe there? By claim 5 the objective stays bounded, but without a clip nothing keeps the worst
-# answer's ratio away from 0. With the clip of `cpgd` something does: below $r = 0.8$ that answer's surrogate has no
-# gradient, and the drift raises its probability again. This concerns one rollout and exact expectations. It does not
-# make the rule safe in a long run with 4 updates per rollout: [there it destroys a policy](../docs/default.md).
+# In three of six rollouts (seeds 0, 2, 4) α *is* the bound. Claim 1 needs an α *above* the bound, so it does not
+# cover them. Is `max_advantage` safe there? By claim 5 the objective stays bounded, but without a clip nothing keeps
+# the worst answer's ratio away from 0. With the clip of `cpgd` something does: below $r = 0.8$ that answer's
+# surrogate has no gradient, and the drift raises its probability again. This concerns one rollout and exact
+# expectations. It does not make the rule safe in a long run with 4 updates per rollout: [there it destroys a
+# policy](../docs/default.md).
 #
 # ## 4. At the clip's bound
 #
