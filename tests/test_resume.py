@@ -1,6 +1,7 @@
 """A run that was interrupted, in whatever way, ends with the same files as one that was not."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import SECONDS, Program, minicpgd
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -29,20 +31,17 @@ FLAGS = (
     "--eval-problems 8 --save-steps 3 --logging-steps 2"
 ).split()
 KILLS = int(os.environ.get("MINICPGD_KILLS", "1"))
-TIMEOUT = 1800  # seconds. A process that needs more hangs, on the slowest machine too.
 
 
 def command(*arguments):
     return [sys.executable, "-m", "minicpgd", *map(str, arguments)]
 
 
-def run_cli(*arguments, **options):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=TIMEOUT, **options)
-
-
-def with_modules_in(folder):
-    """Return an environment in which Python finds the modules of a folder, before all others."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+def resume(folder, **options):
+    """Continue a run in another process, and return its exit code and its two outputs."""
+    program = Program(folder.parent, functools.partial(minicpgd, **options), ["train", "--resume", folder])
+    out, err = program.communicate()
+    return program.poll(), out, err
 
 
 WAITING_REWARD = """
@@ -60,42 +59,35 @@ def reward(prompts, completions, **columns):
 """
 
 
-@pytest.fixture
-def start(tmp_path):
-    """Return a function that starts a command and waits until a file exists. Python finds modules in `tmp_path`."""
-    processes = []
-
-    def start_process(words, file):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(words, env=with_modules_in(tmp_path), **pipes)
-        processes.append(process)
-        while not file.exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        return process
-
-    yield start_process
-    for process in processes:
-        process.kill()
-        process.communicate()
+def await_file(file, process):
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
 
 
 @pytest.fixture
-def start_training(start, tmp_path):
+def start_training(tmp_path):
     """Return a function that starts a training, which waits in its reward function once `lines` lines are logged.
 
     So a test can act at one moment of the run, however slow the machine is. The training continues when the file
     `continue` exists.
     """
 
-    def start_process(*flags, lines):
+    programs = []
+
+    def start_program(*flags, lines):
         log, waits = tmp_path / "run" / "metrics.jsonl", tmp_path / "waits"
         names = {"log": str(log), "waits": str(waits), "goes_on": str(tmp_path / "continue")}
         (tmp_path / "waiting.py").write_text(WAITING_REWARD.format(lines=lines, **names))
-        words = command("train", "--output-dir", tmp_path / "run", "--reward", "waiting:reward", *flags)
-        return start(words, waits)
+        words = ["train", "--output-dir", tmp_path / "run", "--reward", "waiting:reward", *flags]
+        programs.append(Program(tmp_path, minicpgd, words, tmp_path))
+        await_file(waits, programs[-1])
+        return programs[-1]
 
-    return start_process
+    yield start_program
+    for program in programs:
+        program.kill()
+        program.wait()
 
 
 def results(folder):
@@ -111,8 +103,10 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    """The files of a run that a new interpreter has made, as a user starts it."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run_cli("train", "--output-dir", folder, *FLAGS)
+    words = command("train", "--output-dir", folder, *FLAGS)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     return results(folder)
 
@@ -127,19 +121,17 @@ def test_kill_9_at_a_random_moment(attempt, undisturbed, tmp_path):
     rng, folder, kills = random.Random(time.time_ns() + attempt), tmp_path / "run", 0
     log = folder / "metrics.jsonl"
     while not (folder / "model" / "model.safetensors").exists() and kills < 2:
-        if (folder / "config.json").exists():
-            process = subprocess.Popen(command("train", "--resume", folder), stdout=subprocess.DEVNULL)
-        else:
-            process = subprocess.Popen(command("train", "--output-dir", folder, *FLAGS), stdout=subprocess.DEVNULL)
+        words = ["--resume", folder] if (folder / "config.json").exists() else ["--output-dir", folder, *FLAGS]
+        process = Program(tmp_path, minicpgd, ["train", *words])
         lines = rng.randint(min(count_lines(log), 11), 12)
         while count_lines(log) < lines and process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
-    done = run_cli("train", "--resume", folder)
-    assert done.returncode == 0, done.stderr
+    code, _, err = resume(folder)
+    assert code == 0, err
     assert results(folder) == undisturbed
     steps = load_run(folder).metrics["step"].tolist()
     assert steps == list(range(13))
@@ -151,25 +143,26 @@ def test_a_signal_finishes_the_step_and_prints_how_to_continue(number, undisturb
     folder, process = tmp_path / "run", start_training(*FLAGS, lines=3)
     process.send_signal(number)
     (tmp_path / "continue").touch()
-    out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 128 + number, err
+    out, err = process.communicate()
+    assert process.poll() == 128 + number, err
     assert f"minicpgd train --resume {folder}" in out
     assert "Traceback" not in err
     assert load_run(folder).metrics["step"].tolist() == [0, 1, 2, 3]
     assert (folder / "checkpoints" / "step-000003.safetensors").exists()
-    done = run_cli("train", "--resume", folder, env=with_modules_in(tmp_path))
-    assert done.returncode == 0, done.stderr
+    code, _, err = resume(folder, modules=tmp_path)
+    assert code == 0, err
     assert results(folder) == undisturbed
 
 
 def test_a_second_signal_stops_at_once(start_training, tmp_path):
     process = start_training(*FLAGS, lines=3)
     process.send_signal(signal.SIGINT)
-    while "press Ctrl-C again to stop at once" not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
+    while "press Ctrl-C again to stop at once" not in process.out.read_text():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=TIMEOUT)  # The reward function still waits.
-    assert (process.returncode, err) == (130, "minicpgd: stopped. Finished work is kept\n")
+    _, err = process.communicate()  # The reward function still waits.
+    assert (process.poll(), err) == (130, "minicpgd: stopped. Finished work is kept\n")
     assert load_run(tmp_path / "run").metrics["step"].tolist() == [0, 1, 2]
 
 
@@ -327,15 +320,21 @@ def test_a_checkpoint_holds_all_that_a_step_needs(small):
 
 
 @pytest.mark.parametrize("flags", [[], ["--algorithm", "grpo"]], ids=["in the command", "in the check of settings"])
-def test_ctrl_c_while_torch_is_imported_prints_nothing(flags, start, tmp_path):
+def test_ctrl_c_while_torch_is_imported_prints_nothing(flags, tmp_path):
     """A module of that name takes torch's place. Its import lasts until the process ends."""
     started = tmp_path / "started"
     (tmp_path / "torch.py").write_text(
         f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\nwhile True:\n    time.sleep(0.01)\n"
     )
-    process = start(command("train", "--output-dir", tmp_path / "run", *flags), started)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=TIMEOUT)[1] == ""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    words = command("train", "--output-dir", tmp_path / "run", *flags)
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            await_file(started, process)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=SECONDS)[1] == ""
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGINT
     assert not (tmp_path / "run").exists()
 
@@ -349,8 +348,8 @@ def test_a_full_memory_is_one_line(start_training, tmp_path):
     limit = pages * resource.getpagesize() + 200_000_000
     resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
     (tmp_path / "continue").touch()
-    _, error = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 2
+    _, error = process.communicate()
+    assert process.poll() == 2
     assert error.count("\n") == 1, error
     assert "the memory is full" in error
     assert "--micro-batch-tokens" in error
@@ -452,15 +451,13 @@ def test_a_full_disk(small):
     folder = train(small(max_steps=6, save_steps=1), callbacks=stop_at(2))
     before = {p: p.read_bytes() for p in (folder / "checkpoints").iterdir()}
     assert len(before) == 2
-    done = run_cli(
-        "train", "--resume", folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "cannot be written" in done.stderr
-    assert f"minicpgd train --resume {folder}" in done.stderr
+    code, _, err = resume(folder, largest_file=200_000)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "cannot be written" in err
+    assert f"minicpgd train --resume {folder}" in err
     assert {p: p.read_bytes() for p in (folder / "checkpoints").iterdir()} == before
-    assert run_cli("train", "--resume", folder).returncode == 0
+    assert resume(folder)[0] == 0
     whole = train(small("whole", max_steps=6, save_steps=1))
     torch.testing.assert_close(load_run(folder).metrics, load_run(whole).metrics, equal_nan=True, rtol=0, atol=0)
     assert Path(folder, "model").is_dir()
