@@ -1,15 +1,19 @@
 """Trains with CPGDTrainer in one or two processes, for test_trl.py. This is not a test itself.
 
-    torchrun --nproc_per_node 2 tests/ranks.py FOLDER     # samples and trains
-    python tests/ranks.py FOLDER                          # trains on the same responses in one process
+    python tests/ranks.py FOLDER
+
+Importing TRL takes seconds, so it is done once. Then two forked processes, which find the variables that torchrun sets,
+sample and train. After them the first process trains on the same responses, alone.
 
 Each job in `JOBS` writes to FOLDER the responses of each rank, its final parameters, and the log. One process replays
 the responses of two, because random numbers differ by process, and losses agree to 1e-4 only on the same responses.
 """
 
 import json
+import multiprocessing
 import os
 import random
+import socket
 import sys
 from pathlib import Path
 
@@ -22,9 +26,9 @@ from minicpgd.models import EMBEDDED, quiet
 from minicpgd.tasks import get_task
 
 PROCESSES = 2
-REPLAYED_STEPS = 12  # One process repeats at most so many steps of the two: each takes twice as long there.
+REPLAYED_STEPS = 6  # One process repeats at most so many steps of the two: each takes twice as long there.
 JOBS = {
-    "cpgd": {"num_iterations": 4, "max_steps": 32},
+    "cpgd": {"num_iterations": 4, "max_steps": 24},
     "dapo": {"num_iterations": 2, "max_steps": 4},  # It takes a mean over tokens, and the ranks have unequally many.
 }
 
@@ -85,8 +89,36 @@ def train(name: str, folder: Path, rank: int, world: int) -> None:
         (folder / f"{name}-log-{world}.json").write_text(json.dumps(trainer.state.log_history))
 
 
-if __name__ == "__main__":
+def train_all(folder: Path, rank: int, world: int) -> None:
+    """Run all jobs."""
+    for name in JOBS:
+        train(name, folder, rank, world)
+
+
+def train_as_rank(folder: Path, rank: int, port: int) -> None:
+    """Run all jobs as one of the processes, as if torchrun had started it."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
+    os.environ |= {name: str(number) for name, number in (numbers | {"MASTER_PORT": port}).items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    train_all(folder, rank, PROCESSES)
+
+
+def main(folder: Path) -> None:
+    """Train in two processes, then in this one."""
     quiet()
     torch.set_num_threads(1)
-    for job in JOBS:
-        train(job, Path(sys.argv[1]), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=train_as_rank, args=(folder, rank, port)) for rank in range(PROCESSES)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        sys.exit("a rank has failed")
+    train_all(folder, 0, 1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
