@@ -209,13 +209,13 @@ def test_pretraining_makes_a_model_from_a_seed(tmp_path, monkeypatch, cli):
     The command measures a model here on 64 problems. The test above does it on all 1,024.
     """
     for name, seed in (("a", 0), ("c", 1)):
-        pretrain(tmp_path / name, seed=seed, steps=3)
+        pretrain(tmp_path / name, seed=seed, steps=2)
     assert largest_difference(tmp_path / "a", tmp_path / "c") > 0.01
     assert largest_difference(tmp_path / "a") > 0.01
     loaded = load_policy(str(tmp_path / "a"))
     assert loaded.tokenizer.decode(loaded.tokenizer("7+5*3=")["input_ids"]) == "7+5*3="
     monkeypatch.setattr("minicpgd.models.pretrain.measure", functools.partial(measure, num_problems=64))
-    out = cli("pretrain", "--folder", tmp_path / "b", "--steps", 3)
+    out = cli("pretrain", "--folder", tmp_path / "b", "--steps", 2)
     assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
     assert "the weights are not those that ship" in out
     assert "worked share" in out

@@ -511,7 +511,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minicpgd.models.logprobs import token_logprobs
 model = LlamaForCausalLM(LlamaConfig(vocab_size=150_000, hidden_size=16, intermediate_size=64, num_hidden_layers=1,
                                      num_attention_heads=4))
-chunk = eval(sys.argv[1])
 largest = 0
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -526,24 +525,27 @@ def peak():
     return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) / 1024
 with Watch():  # The peak excludes what is loaded only once, and the watching itself.
     token_logprobs(model, ids[:1, :4], torch.ones_like(ids[:1, :4]), 2, 1.0, 1)[0].sum().backward()
-before, largest = peak(), 0
-with Watch():
-    logp, _ = token_logprobs(model, ids, torch.ones_like(ids), 64, 1.0, chunk)
-    logp.sum().backward()
-print(largest, peak() - before)
+before = peak()
+for chunk in map(int, sys.argv[1:]):
+    model.zero_grad()
+    largest = 0
+    with Watch():
+        logp, _ = token_logprobs(model, ids, torch.ones_like(ids), 64, 1.0, chunk)
+        logp.sum().backward()
+    print(largest, peak() - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_chunks_keep_the_logits_small():
     """With V = 150,000 and 4 x 64 tokens, no tensor of V columns has more rows than a chunk. The peak is small too."""
-    peaks = {}
-    for chunk in (10_000, 16):
-        # Otherwise glibc keeps freed memory, sometimes more and sometimes less, and the peak is not the tensors'.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, "-c", MEMORY, str(chunk)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        rows, peaks[chunk] = (float(x) for x in out.stdout.split())
+    # Otherwise glibc keeps freed memory, sometimes more and sometimes less, and the peak is not the tensors'.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    chunks, peaks = (16, 10_000), {}  # A peak of a process never falls, so the small one comes first.
+    command = [sys.executable, "-c", MEMORY, *map(str, chunks)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    for chunk, line in zip(chunks, out.stdout.splitlines(), strict=True):
+        rows, peaks[chunk] = (float(x) for x in line.split())
         # The output layer itself has V columns and 16 rows, which is no more than a chunk.
         assert rows == min(chunk, 4 * 64)
     assert peaks[16] < peaks[10_000] / 8

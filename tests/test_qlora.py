@@ -36,11 +36,11 @@ QLORA = {"load_in_4bit": True, "lora_r": 16}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return runs of 10 steps of the embedded model with three seeds, each made in a process of its own."""
+    """Return runs of 10 steps of the embedded model with three seeds, made in a process of their own."""
     folder = str(tmp_path_factory.mktemp("qlora"))
     common = {**QLORA, "num_prompts": 8, "learning_rate": 3e-4, "max_steps": 10}
     configs = [TrainConfig(output_dir=f"{folder}/{seed}", seed=seed, **common) for seed in range(3)]
-    return list(run_all(configs, on_wait=lambda: None))
+    return list(run_all(configs, on_wait=lambda: None, jobs=1))
 
 
 def prompts(n, seed=0):
