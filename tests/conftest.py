@@ -27,8 +27,8 @@ SMALL = {
 
 
 SLOW_FILES = [
-    "trl", "notebooks", "study", "memory", "resume", "qlora", "cli_and_figures", "readme_and_results", "determinism",
-    "policy_and_sampling", "other_models", "training",
+    "notebooks", "memory", "study", "qlora", "readme_and_results", "cli_and_figures", "trl", "resume", "training",
+    "other_models", "policy_and_sampling", "determinism",
 ]  # fmt: skip
 
 
