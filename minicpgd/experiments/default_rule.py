@@ -79,7 +79,7 @@ def default_study(
         return [SETTINGS[name] | {"learning_rate": rate, "num_iterations": passes} for passes, rate, name in cells]
 
     def at_length(so_far: pd.DataFrame) -> list[Settings]:
-        return long_runs(["no drift", first_on_the_map(so_far)], sizes) + long_runs(["max|A|", "GRPO"], sizes[:1])
+        return long_runs(["no drift", first_on_the_map(so_far)], sizes) + long_runs(["max|A|"], sizes[:1])
 
     reused: Settings = {"learning_rate": 1e-4, "num_iterations": 16, "eval_steps": 5}
     names = ("paper", "paper + stop", "max|A|", "GRPO", "GRPO + stop")
