@@ -7,14 +7,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from programs import Program, minicpgd
 
 from minicpgd import ALGORITHMS, UserError, load_run, plots, train
 from minicpgd.cli.main import main
@@ -28,16 +27,6 @@ from minicpgd.experiments.tables import anatomy_summary, drift_summary, fair_sum
 from minicpgd.recipes import save_config
 from minicpgd.training import Callbacks
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.test_study import tiny
-from minicpgd.experiments.runner import run_study
-if __name__ == "__main__":
-    folder, study = Path(sys.argv[1]), tiny(max_steps=int(sys.argv[2]))
-    run_study(study, folder / "tiny", folder / "runs", on_wait=lambda *_: None, jobs=int(sys.argv[3]))
-"""
-ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("MINICPGD_KILLS", "1"))
 SECONDS = 600  # A process has this long to end. On an idle machine it takes less than one.
 FILES = ("study.csv", "steps.csv.gz", "passes.csv.gz")
@@ -57,18 +46,26 @@ def silent(*_):
     pass
 
 
+def make_tiny(folder, jobs, **changes):
+    run_study(tiny(**changes), folder / "tiny", folder / "runs", on_wait=silent, jobs=jobs)
+
+
+def make_endless(folder):
+    """Make a study of runs that would take hours, in two workers, as the leader of a group of processes."""
+    os.setsid()
+    make_tiny(folder, jobs=2, max_steps=100_000)
+
+
 def logs(folder):
     return list(folder.glob("runs/*/metrics.jsonl"))
 
 
 def test_the_workers_of_a_killed_study_end(tmp_path):
-    """The study is killed in the middle of runs that would take hours."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), "100000", "2"], cwd=ROOT, start_new_session=True
-    )  # fmt: skip
+    """The study is killed in the middle of its runs."""
+    process = Program(tmp_path, make_endless, tmp_path)
     while len(logs(tmp_path)) < 2:
         time.sleep(0.05)
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()
     process.kill()
     process.wait()
     deadline = time.monotonic() + SECONDS
@@ -94,18 +91,18 @@ def test_a_killed_study_continues_and_makes_no_run_twice(uninterrupted, tmp_path
     """It is killed at a random moment, and has the same tables in the end. MINICPGD_KILLS=30 kills it more often."""
     rng, folder, finished = random.Random(time.time_ns()), tmp_path / "killed", {}
     for attempt in itertools.count():
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), "10", "1"], cwd=ROOT)
+        process = Program(tmp_path, make_tiny, folder, 1)
         if attempt < KILLS:
             before = len(logs(folder))
             while len(logs(folder)) <= before and process.poll() is None:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 1.5))
             process.kill()
-        assert process.wait() in (0, -9)
+        assert process.wait() in (0, -signal.SIGKILL), process.communicate()
         for path in folder.glob("runs/*/model"):
             written = (path.parent / "metrics.jsonl").stat().st_mtime_ns
             assert finished.setdefault(path, written) == written, "a finished run was made again"
-        if process.returncode == 0:
+        if process.poll() == 0:
             break
     assert len(finished) == 5
     for name in FILES:
@@ -211,12 +208,9 @@ def test_a_run_has_one_writer_at_a_time(small):
     def resume_elsewhere(step, *_):
         if step == 2:
             before = (config.folder / "metrics.jsonl").read_bytes()
-            other = subprocess.run(
-                [sys.executable, "-m", "minicpgd", "train", "--resume", str(config.folder)],
-                capture_output=True, text=True,
-            )  # fmt: skip
-            assert other.returncode == 2
-            assert "another process is writing this run" in other.stderr
+            other = Program(config.folder.parent, minicpgd, ["train", "--resume", config.folder])
+            assert other.wait() == 2
+            assert "another process is writing this run" in other.communicate()[1]
             assert (config.folder / "metrics.jsonl").read_bytes() == before
 
     train(config, callbacks=Callbacks(on_step=resume_elsewhere))
@@ -337,13 +331,12 @@ def test_the_warning_study_needs_runs_of_other_studies(uninterrupted, tmp_path):
 
 
 def test_the_command_study_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """It makes a map of one cell with two seeds. The figures show the numbers of the table."""
+    """It makes a map of one cell with two seeds, in one worker. The figures show the numbers of the table."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(
-        "minicpgd.experiments.catalogue.BASE", BASE | {"num_prompts": 2, "eval_steps": 5, "eval_problems": 16}
-    )
+    small = {"num_prompts": 2, "num_generations": 4, "max_completion_length": 16, "eval_steps": 5, "eval_problems": 16}
+    monkeypatch.setattr("minicpgd.experiments.catalogue.BASE", BASE | small)
     monkeypatch.setitem(QUICK, "map", map_study(rates=(1e-4,), updates=(4,), seeds=(100, 101), max_steps=10))
-    arguments = ["study", "map", "--quick", "--folder", str(tmp_path)]
+    arguments = ["study", "map", "--quick", "--folder", str(tmp_path), "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", ["minicpgd", *arguments])
     main()
     out = capsys.readouterr().out
