@@ -208,8 +208,8 @@ def test_pretraining_makes_a_model_from_a_seed(tmp_path, monkeypatch, cli):
 
     The command measures a model here on 64 problems. The test above does it on all 1,024.
     """
-    for name, seed in (("a", 0), ("c", 1)):
-        pretrain(tmp_path / name, seed=seed, steps=2)
+    for name, seed, steps in (("a", 0, 2), ("c", 1, 1)):
+        pretrain(tmp_path / name, seed=seed, steps=steps)
     assert largest_difference(tmp_path / "a", tmp_path / "c") > 0.01
     assert largest_difference(tmp_path / "a") > 0.01
     loaded = load_policy(str(tmp_path / "a"))

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 
 from minicpgd import ALGORITHMS
 from minicpgd.algorithms import adaptive_drift_coef
+from minicpgd.config import ObjectiveSettings
 from minicpgd.errors import ConfigError, UserError
 from minicpgd.models import EMBEDDED
 
@@ -58,7 +59,7 @@ def logged(folder, name, world):
 def test_two_processes_learn(ranks):
     rewards = [line["reward"] for line in logged(ranks, "cpgd", 2) if "reward" in line]
     assert rewards[0] < 0.5
-    assert sum(rewards[-2:]) / 2 >= 0.65
+    assert sum(rewards[-2:]) / 2 >= 0.8
 
 
 @pytest.mark.parametrize("name", ["cpgd", "dapo"])
@@ -89,6 +90,7 @@ def make(tmp_path):
             return [float(len(c) % 3) for c in completions] if rewards is None else rewards[: len(completions)]
 
         common = {"per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP, "max_completion_length": 12}
+        common |= {"target_kl": None}  # A stop would skip steps that tests count.
         return ours.CPGDTrainer(
             model=model,
             reward_funcs=reward,
@@ -384,6 +386,11 @@ def test_a_truncated_response_keeps_its_length_in_a_mean_over_tokens(make):
     shape = (PROMPTS, GROUP)  # Every response has 3 tokens: "#6" and its end, or the first 3 of a longer one.
     expected = ALGORITHMS["reinforce_pp"].advantages(torch.tensor(rewards).view(shape), torch.full(shape, 3))
     assert torch.allclose(batch["advantages"], expected.flatten())
+
+
+def test_the_defaults_of_the_objective_are_those_of_our_loop(tmp_path):
+    config = ours.CPGDConfig(output_dir=str(tmp_path), **CPU)
+    assert config.objective() == ObjectiveSettings()
 
 
 def test_max_advantage_continues_from_a_checkpoint_with_the_last_coefficient(make):

@@ -70,7 +70,7 @@ def pretrain(
     """
     policy, rng = Policy(make_model(seed), make_tokenizer()), random.Random(seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    second_phase = round(SECOND_PHASE * steps)
+    second_phase = min(round(SECOND_PHASE * steps), steps - 1)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (steps - second_phase)))
     for step in range(1, steps + 1):
         ids, labels = _examples(policy, rng, 1.0 if step <= second_phase else WORKED_SHARE)
