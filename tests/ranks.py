@@ -28,7 +28,7 @@ from minicpgd.tasks import get_task
 PROCESSES = 2
 REPLAYED_STEPS = 6  # One process repeats at most so many steps of the two: each takes twice as long there.
 JOBS = {
-    "cpgd": {"num_iterations": 4, "max_steps": 24},
+    "cpgd": {"num_iterations": 4, "max_steps": 32},
     "dapo": {"num_iterations": 2, "max_steps": 4},  # It takes a mean over tokens, and the ranks have unequally many.
 }
 
