@@ -31,7 +31,7 @@ from minicpgd.experiments.tables import SUMMARIES, percent
 from minicpgd.training.run_folder import load_run, load_timings
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("results", "qlora", "metrics", "peers", "reliability")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("results", "default", "qlora", "metrics", "peers", "reliability")]
 TIMINGS = {
     "rollout_seconds": "s",
     "update_seconds": "s",

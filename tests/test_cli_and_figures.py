@@ -57,12 +57,15 @@ def test_the_demo_from_end_to_end(tmp_path, monkeypatch, cli):
     assert result.accuracy_best >= result.accuracy_final > result.accuracy_before
 
 
-def test_the_runs_of_the_demo_differ_in_the_algorithm_alone(tmp_path):
+def test_the_runs_of_the_demo_differ_in_the_row_alone(tmp_path):
+    """A row without a drift has the default of drift_coef, which nothing reads."""
     configs = demo_configs(tmp_path, seed=3)
     assert [c.algorithm for c in configs] == ["cpgd", "grpo", "rloo", "reinforce_pp"]
-    same = [{k: v for k, v in vars(c).items() if k not in ("algorithm", "output_dir")} for c in configs]
+    same = [{k: v for k, v in vars(c).items() if k not in ("algorithm", "drift_coef", "output_dir")} for c in configs]
     assert same[0] == same[1] == same[2] == same[3]
     assert configs[0].updates_per_rollout == 64
+    assert configs[0].drift_coef == "max_advantage"
+    assert configs[0].target_kl is None
 
 
 def test_sample_evaluate_and_plot_show_a_run(small, tmp_path, cli, monkeypatch):

@@ -59,7 +59,9 @@ def test_the_largest_share_of_the_map_wins_and_among_equals_the_first(shares, fi
     assert first_on_the_map(table) == first
     long = default_study().parts[2]
     names = arms(long, table)
-    assert names.count(first) == names.count("no drift") == 4  # two sizes, two learning rates
+    assert names.count(first) == names.count("no drift") == names.count("max|A|") == 2  # two learning rates
+    names = arms(default_study(sizes=(8, 16)).parts[2], table)
+    assert names.count(first) == names.count("no drift") == 4
     assert names.count("max|A|") == 2  # the smaller size
 
 

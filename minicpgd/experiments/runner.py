@@ -118,7 +118,8 @@ def run_study(
             pd.DataFrame(read_lines(pool / run / f"{log}.jsonl")).assign(run=run) for run in table["run"].unique()
         ]
         rows = pd.concat(logged, ignore_index=True)
-        write_table(folder / f"{name}.csv.gz", rows[rows["step"] % study.log_every == 0])
+        kept = rows[rows["step"] % study.log_every == 0] if name == "steps" else rows
+        write_table(folder / f"{name}.csv.gz", kept)
     provenance = {
         "asks": study.asks,
         "command": study.command,
