@@ -59,7 +59,8 @@ TESTS = {  # The quick tests come first, because the first failure ends the test
     "algorithms/surrogates": "test_gradients.py",
     "algorithms/aggregation": "test_remedies.py::test_all_tokens_of_a_prompts_responses_share_one_mean "
     "test_gradients.py",
-    "algorithms/loss": "test_remedies.py::test_each_response_may_have_its_own_drift_coefficient "
+    "algorithms/loss": "test_remedies.py::test_a_line_warns_where_runs_decayed "
+    "test_remedies.py::test_each_response_may_have_its_own_drift_coefficient "
     "test_remedies.py::test_the_adaptive_coefficient_is_doubled_or_halved "
     "test_remedies.py::test_the_mean_kl_is_the_metric_kl_old "
     "test_remedies.py::test_the_clip_bounds_loosen_along_a_response "

@@ -387,15 +387,15 @@ def test_a_pass_that_was_stopped_is_no_pass_that_skipped():
 
 @pytest.mark.parametrize(
     ("drift_coef", "updates", "warns"),
-    [(1.0, 4, True), (2.5, 16, True), ("max_advantage", 4, True), (0.99, 4, False), (0.01, 4, False)]
+    [(1.0, 4, True), (2.5, 63, True), (1.0, 2, True), ("max_advantage", 4, True), (0.99, 4, False), (0.01, 4, False)]
     + [("adaptive", 4, False), (1.0, 1, False), ("max_advantage", 64, False)],
 )
-def test_a_line_warns_where_runs_decayed(small, drift_coef, updates, warns):
+def test_a_line_warns_where_runs_decayed(drift_coef, updates, warns):
     line = drift_warning(drift_coef, updates)
     assert (line is not None) == warns
     if warns:
-        assert line.startswith(f"drift_coef = {drift_coef} and K = {updates} updates per rollout: ")
-        assert "\n" not in line
+        found = "at K = 4 such runs decayed within 50 to 400 rollouts, and with 0.01 they did not (docs/default.md)"
+        assert line == f"drift_coef = {drift_coef} and K = {updates} updates per rollout: {found}"
 
 
 @pytest.mark.parametrize(("name", "count"), [("cpgd", 1), ("pgd", 1), ("cpg", 0)])
