@@ -34,7 +34,7 @@ def test_the_default_of_the_package_is_a_candidate():
 
 def test_a_candidate_that_collapsed_in_the_screen_is_not_on_the_map():
     screen, on_map, *_ = default_study().parts
-    table = screened(names=("max|A|", "max|A| + stop"))
+    table = screened(names=("max advantage", "max advantage + stop"))
     assert arms(screen, pd.DataFrame()) == list(CANDIDATES) * 2  # Each has two learning rates.
     assert set(arms(on_map, table)) == {"paper", "paper + stop", "adaptive"}
     assert len(on_map.settings(table)) == 3 * 12
@@ -59,10 +59,10 @@ def test_the_largest_share_of_the_map_wins_and_among_equals_the_first(shares, fi
     assert first_on_the_map(table) == first
     long = default_study().parts[2]
     names = arms(long, table)
-    assert names.count(first) == names.count("no drift") == names.count("max|A|") == 2  # two learning rates
+    assert names.count(first) == names.count("no drift") == names.count("max advantage") == 2  # two learning rates
     names = arms(default_study(sizes=(8, 16)).parts[2], table)
     assert names.count(first) == names.count("no drift") == 4
-    assert names.count("max|A|") == 2  # the smaller size
+    assert names.count("max advantage") == 2  # the smaller size
 
 
 def test_the_summary_agrees_with_one_by_hand(tmp_path):

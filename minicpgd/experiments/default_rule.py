@@ -22,8 +22,8 @@ from minicpgd.experiments.runner import Part, Settings, Study
 CANDIDATES: dict[str, Settings] = {
     "paper": {"algorithm": "cpgd", "drift_coef": 0.01, "target_kl": None},
     "paper + stop": {"algorithm": "cpgd", "drift_coef": 0.01, "target_kl": 0.003},
-    "max|A|": {"algorithm": "cpgd", "drift_coef": "max_advantage", "target_kl": None},
-    "max|A| + stop": {"algorithm": "cpgd", "drift_coef": "max_advantage", "target_kl": 0.003},
+    "max advantage": {"algorithm": "cpgd", "drift_coef": "max_advantage", "target_kl": None},
+    "max advantage + stop": {"algorithm": "cpgd", "drift_coef": "max_advantage", "target_kl": 0.003},
     "adaptive": {"algorithm": "cpgd", "drift_coef": "adaptive", "target_kl": 0.003},
 }
 OTHERS: dict[str, Settings] = {
@@ -82,10 +82,10 @@ def default_study(
         return [SETTINGS[name] | {"learning_rate": rate, "num_iterations": passes} for passes, rate, name in cells]
 
     def at_length(so_far: pd.DataFrame) -> list[Settings]:
-        return long_runs(["no drift", first_on_the_map(so_far)], sizes) + long_runs(["max|A|"], sizes[:1])
+        return long_runs(["no drift", first_on_the_map(so_far)], sizes) + long_runs(["max advantage"], sizes[:1])
 
     reused: Settings = {"learning_rate": 1e-4, "num_iterations": 16, "eval_steps": 5}
-    names = ("paper", "paper + stop", "max|A|", "GRPO", "GRPO + stop")
+    names = ("paper", "paper + stop", "max advantage", "GRPO", "GRPO + stop")
     parts = [
         Part("screen", seeds[:1], lambda _: long_runs(list(CANDIDATES), sizes[:1])),
         Part("map", seeds, on_the_map),

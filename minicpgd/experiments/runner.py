@@ -3,7 +3,7 @@ r"""Many runs: one question, a grid of settings, several seeds, and a table of o
 In: a `Study` (`catalogue.py` has four). Out: its folder, with
 
     study.csv       a row per run: its settings, whether it collapsed, accuracy before, best and after
-    steps.csv.gz    the metrics of every step of every run, or of every `log_every` steps
+    steps.csv.gz    the metrics of every step of every run; of one with over 100 steps, of every `log_every` steps
     passes.csv.gz   ratios, KL and clipped shares of every pass over some rollouts
     made.json       the command, the versions, and the core-minutes
 
@@ -59,7 +59,7 @@ class Study:
     base: Settings
     parts: Sequence[Part]
     quick: bool = False
-    log_every: int = 1  # steps.csv.gz has every so many steps of a run
+    log_every: int = 1  # steps.csv.gz has every so many steps of a run with over 100 steps
 
     @property
     def command(self) -> str:
@@ -117,9 +117,9 @@ def run_study(
         logged = [
             pd.DataFrame(read_lines(pool / run / f"{log}.jsonl")).assign(run=run) for run in table["run"].unique()
         ]
-        rows = pd.concat(logged, ignore_index=True)
-        kept = rows[rows["step"] % study.log_every == 0] if name == "steps" else rows
-        write_table(folder / f"{name}.csv.gz", kept)
+        if name == "steps":
+            logged = [rows[rows["step"] % study.log_every == 0] if len(rows) > 100 else rows for rows in logged]
+        write_table(folder / f"{name}.csv.gz", pd.concat(logged, ignore_index=True))
     provenance = {
         "asks": study.asks,
         "command": study.command,

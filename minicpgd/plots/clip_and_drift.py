@@ -10,12 +10,13 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from minicpgd.algorithms import ALGORITHMS
 from minicpgd.experiments.default_rule import first_on_the_map, setting_names
 from minicpgd.experiments.tables import rate_name
 from minicpgd.plots.objectives import SHADE, objective_and_weight
-from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, RATIO, styled
+from minicpgd.plots.style import COLOURS, DASHES, RATIO, styled
 
 
 @styled
@@ -32,13 +33,14 @@ def clip_against_drift(folder: Path) -> Figure:
     top[0].set_ylabel("force on its log-probability")
     above.legend(*top[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=3.2)
     chosen = first_on_the_map(table)
-    names = {"no drift": COLOURS[4], "max|A|": COLOURS[1], chosen: COLOURS[0]}
+    labels = {"max advantage": "max advantage, the old default", chosen: f"{chosen}, the default"}
+    names = {"no drift": COLOURS[4], "max advantage": COLOURS[1], chosen: COLOURS[0]}
     size = table.loc[table["part"] == "long", "num_prompts"].min()
     long = table.query(f"part == 'long' and num_prompts == {size}")
-    rate = long["learning_rate"].min()
+    rate = long["learning_rate"].max()
     panels = (
-        (f"K = 4, learning rate {rate_name(rate)}: the pull destroys", long[long["learning_rate"] == rate]),
-        ("K = 64: the pull protects, the stop more so", table[table["part"] == "K = 64"]),
+        (f"K = 4, learning rate {rate_name(rate)}: a strong pull destroys", long[long["learning_rate"] == rate]),
+        ("K = 64, learning rate 1e-4: it protects, a stop more so", table[table["part"] == "K = 64"]),
     )
     for axis, (title, runs) in zip(below.subplots(1, 2, sharey=True), panels, strict=True):
         for which, (name, colour) in enumerate(names.items()):
@@ -46,10 +48,13 @@ def clip_against_drift(folder: Path) -> Figure:
             rows = steps.merge(runs.loc[runs["name"] == also, ["run"]], on="run")
             by_seed = rows.pivot_table(index="step", columns="run", values="eval_accuracy")
             axis.plot(by_seed, color=colour, linewidth=0.6, alpha=0.35, linestyle=DASHES[which])
-            axis.plot(by_seed.mean(axis=1), color=colour, linestyle=DASHES[which], label=also, linewidth=2.4)
+            axis.plot(
+                by_seed.mean(axis=1), color=colour, linestyle=DASHES[which], label=labels.get(also, also), linewidth=2.4
+            )
         axis.set(title=title, xlabel="rollout", ylim=(0, 1.03))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axis.legend(handlelength=3.2, loc="lower left")
-    below.axes[0].set_ylabel(ACCURACY)
+    below.axes[0].set_ylabel("greedy accuracy")
     return figure
 
 
