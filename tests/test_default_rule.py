@@ -6,7 +6,14 @@ import pandas as pd
 import pytest
 
 from minicpgd import TrainConfig
-from minicpgd.experiments.default_rule import CANDIDATES, SETTINGS, default_study, first_on_the_map, setting_names
+from minicpgd.experiments.default_rule import (
+    CANDIDATES,
+    SETTINGS,
+    default_study,
+    first_on_the_map,
+    is_admitted,
+    setting_names,
+)
 from minicpgd.experiments.tables import default_summary, late_accuracy
 
 
@@ -88,9 +95,17 @@ def test_the_summary_agrees_with_one_by_hand(tmp_path):
     summary = default_summary(tmp_path).set_index("setting")
     assert list(summary.index) == list(SETTINGS)
     row = summary.loc["paper + stop"]
-    assert (row["long runs, K = 4"], row["collapsed"], row["accuracy, of no drift's"]) == ("2", "1", "0.90")
-    assert (row["K = 64: final accuracy"], row["updates per rollout"]) == ("0.50", "6.0")
-    assert summary.loc["adaptive"].tolist() == [""] * 6
+    assert (row["long runs, K = 4"], row["collapsed"], row["late accuracy / no drift's"]) == ("2", "1", "0.90")
+    assert (row["K = 64: final accuracy"], row["K = 64: updates"]) == ("0.50", "6.0")
+    assert summary.loc["adaptive"].tolist() == [""] * 7
+
+
+@pytest.mark.parametrize(
+    ("collapsed", "shares", "admitted"),
+    [([0, 0], [0.95, 1.2], True), ([0, 0], [0.949, 1.2], False), ([0, 1], [1.0, 1.0], False)],
+)
+def test_rule_1_asks_for_no_collapse_and_095_of_the_accuracy_without_drift(collapsed, shares, admitted):
+    assert is_admitted(pd.Series(collapsed).astype(bool), pd.Series(shares)) is admitted
 
 
 def test_the_study_is_small_enough_and_its_settings_are_distinct():

@@ -257,7 +257,7 @@ def max_advantage_coef(advantages: Tensor, previous: float = 1.0) -> float:
 
 
 def drift_warning(drift_coef: float | str, updates_per_rollout: int) -> str | None:
-    """One line if runs with this coefficient and K decayed: at K = 4 with 1 or more. docs/default.md has the runs."""
+    """A warning for a coefficient of 1 or more and 2 to 63 updates per rollout, else None. Runs were made at K = 4."""
     large = drift_coef == "max_advantage" or (not isinstance(drift_coef, str) and drift_coef >= 1)
     if not large or not 1 < updates_per_rollout < 64:
         return None

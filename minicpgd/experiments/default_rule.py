@@ -8,8 +8,8 @@ rule in words; it was committed before the runs that decide.
 2. Then the largest healthy share of the map, learning rate x K.
 3. Two shares are equal if they differ by less than 0.05. Then the candidate that stands first in `CANDIDATES` wins.
 
-The study saves runs: a candidate that collapses in the first seed of 1 is left out of the rest, and only the candidate
-that wins by 2 and 3 makes all long runs.
+The study saves runs: a candidate that collapses with the first seed of 1 (the part `screen`) is left out of the rest,
+and only the candidate that wins by 2 and 3 makes all long runs. They have rollouts of 8 x 8 responses so far.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ CANDIDATES: dict[str, Settings] = {
     "max advantage + stop": {"algorithm": "cpgd", "drift_coef": "max_advantage", "target_kl": 0.003},
     "adaptive": {"algorithm": "cpgd", "drift_coef": "adaptive", "target_kl": 0.003},
 }
-OTHERS: dict[str, Settings] = {
+OTHERS: dict[str, Settings] = {  # They have no drift. Their drift_coef is only what a log of theirs contains.
     "no drift": {"algorithm": "cpg", "drift_coef": 0.01, "target_kl": None},
     "GRPO": {"algorithm": "grpo", "drift_coef": 0.01, "target_kl": None},
     "GRPO + stop": {"algorithm": "grpo", "drift_coef": 0.01, "target_kl": 0.003},
@@ -52,10 +52,15 @@ def survivors(table: pd.DataFrame) -> list[str]:
 
 
 def first_on_the_map(table: pd.DataFrame) -> str:
-    """The candidate that rules 2 and 3 put first."""
+    """The candidate that rules 2 and 3 put first. Only those that survived the screen are on the map."""
     runs = table[table["part"] == "map"]
     shares = runs["healthy"].astype(float).groupby(setting_names(runs)).mean()
     return next(name for name in CANDIDATES if name in shares and shares[name] > shares.max() - EQUAL)
+
+
+def is_admitted(collapsed: pd.Series, shares: pd.Series) -> bool:
+    """Rule 1, from whether each long run collapsed, and from the accuracy at each setting as a share of no drift's."""
+    return not collapsed.any() and bool(shares.min() >= ENOUGH)
 
 
 def default_study(
@@ -67,7 +72,7 @@ def default_study(
 ) -> Study:
     """The study. A rollout of size n has n problems and n responses to each; the map and K = 64 have size 8.
 
-    The rule also asks for long runs of size 16. They take five hours on one core more, and are not complete yet.
+    The rule also asks for long runs of size 16. They would take three more core-hours, and are not complete yet.
     """
     long: Settings = {"max_steps": max_steps, "eval_steps": 10, "logging_steps": 50, "save_steps": 100}
 
@@ -82,6 +87,7 @@ def default_study(
         return [SETTINGS[name] | {"learning_rate": rate, "num_iterations": passes} for passes, rate, name in cells]
 
     def at_length(so_far: pd.DataFrame) -> list[Settings]:
+        # The rule does not need those of the old default. The figure shows them.
         return long_runs(["no drift", first_on_the_map(so_far)], sizes) + long_runs(["max advantage"], sizes[:1])
 
     reused: Settings = {"learning_rate": 1e-4, "num_iterations": 16, "eval_steps": 5}

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from minicpgd.algorithms import display_name
-from minicpgd.experiments.default_rule import SETTINGS, setting_names
+from minicpgd.experiments.default_rule import SETTINGS, is_admitted, setting_names
 from minicpgd.experiments.outcome import HEALTHY
 from minicpgd.experiments.statistics import Estimate, bootstrap_mean, wilson
 
@@ -217,6 +217,7 @@ def default_summary(folder: Path) -> pd.DataFrame:
     updates = pd.read_csv(folder / "steps.csv.gz").groupby("run")["updates"].mean()
     long, cell = table[table["part"] == "long"], ["num_prompts", "learning_rate"]
     no_drift = long[long["name"] == "no drift"].groupby(cell)["late"].mean()
+    candidates = set(table.loc[table["part"] == "screen", "name"])
     rows = []
     for name in SETTINGS:
         runs = table[table["name"] == name]
@@ -227,10 +228,11 @@ def default_summary(folder: Path) -> pd.DataFrame:
             "setting": name,
             "long runs, K = 4": str(len(at_length) or ""),
             "collapsed": str(at_length["collapsed"].sum()) if len(at_length) else "",
-            "accuracy, of no drift's": f"{shares.min():.2f}" if len(at_length) else "",
+            "late accuracy / no drift's": f"{shares.min():.2f}" if len(at_length) else "",
+            "rule 1": ("yes" if is_admitted(at_length["collapsed"], shares) else "no") if name in candidates else "",
             "healthy share of the map": percent(healthy_share(on_map)) if len(on_map) else "",
             "K = 64: final accuracy": mean_text(reused["accuracy_final"]) if len(reused) else "",
-            "updates per rollout": f"{reused['run'].map(updates).mean():.1f}" if len(reused) else "",
+            "K = 64: updates": f"{reused['run'].map(updates).mean():.1f}" if len(reused) else "",
         }
         rows.append(row)
     return pd.DataFrame(rows)
