@@ -192,4 +192,4 @@ def test_the_command_of_the_page_is_a_valid_configuration():
     config = checked(*shlex.split(words.replace("\\\n", " ")))
     assert config.algorithm.adv_estimator == "minicpgd_cpgd"
     loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss
-    assert (type(loss).__name__, loss.loss_mode, loss.drift_coef) == ("CPGDLossConfig", "minicpgd_cpgd", 3.75)
+    assert (type(loss).__name__, loss.loss_mode, loss.drift_coef) == ("CPGDLossConfig", "minicpgd_cpgd", 0.01)

@@ -63,8 +63,9 @@ def test_importing_verl_registers_all_rows():
 @pytest.mark.parametrize("reach", ["far", "inside"])
 @pytest.mark.parametrize("row", ALGORITHMS)
 def test_losses_agree_with_ours(row, reach):
-    case = make(1, reach)
-    assert agree(through_verl(row, actor(row), case), ours(row, case, max_completion_length=HORIZON))
+    case, mode = make(1, reach), f"minicpgd_{row}"
+    strong = {"policy_loss": plugin.CPGDLossConfig(loss_mode=mode, drift_coef=1.0)} if ALGORITHMS[row].drift else {}
+    assert agree(through_verl(row, actor(row, **strong), case), ours(row, case, max_completion_length=HORIZON))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -84,7 +85,7 @@ def test_a_loss_without_a_gradient():
     case = make(0)
     with torch.no_grad():
         loss, _ = call("cpgd", actor(), case)(case.logp)
-    assert distance(loss, ours("cpgd", case)[0]) <= 1e-6
+    assert distance(loss, ours("cpgd", case, drift_coef=TrainConfig().drift_coef)[0]) <= 1e-6
 
 
 @pytest.mark.parametrize("kind", ["dataclass", "DictConfig", "dict"])
