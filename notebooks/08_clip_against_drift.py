@@ -204,7 +204,7 @@ default_summary(RESULTS).set_index("setting")
 # **Measured**, on this model and this task: the drift lets failed tokens fall less (sections 2 and 3), large α destroys
 # long runs at K = 4, and protects short ones at K = 64 (section 4); with a small α, a stop protects both (section 5).
 #
-# **Guessed**: that the tokens of section 2 are the cause of the decay in section 4. [The
+# **Guessed**: that the tokens of section 2 are the whole cause of the decay in section 4. [The
 # page](../docs/default.md#why-can-a-pull-towards-the-old-policy-destroy-a-policy) has the experiments that test it, and
 # explanations that failed. That large models behave alike is a guess, too: nobody has looked.
 #
