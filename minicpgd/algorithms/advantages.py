@@ -25,6 +25,7 @@ A response that no reward function judges has the reward NaN. Its advantage is 0
 the advantages that they would have without it (`of_scored`, ours).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -89,12 +90,8 @@ def kept_groups(rewards: Tensor, least: float | None, most: float | None) -> Ten
     (N, G) have any unit, and NaN does not count. A group without any reward stays.
     """
     means = rewards.nanmean(dim=1)
-    outside = torch.zeros_like(means, dtype=torch.bool)
-    if least is not None:
-        outside |= means < least
-    if most is not None:
-        outside |= means > most
-    return ~outside
+    smallest, largest = -math.inf if least is None else least, math.inf if most is None else most
+    return means.isnan() | ((means >= smallest) & (means <= largest))
 
 
 def of_scored(centre: Centre, weight: Weight, rewards: Tensor, lengths: Tensor) -> Tensor:

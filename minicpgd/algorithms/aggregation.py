@@ -7,7 +7,6 @@ own rows of the weights.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 Aggregation = Callable[[Tensor, int | None, Tensor | None], Tensor]
@@ -27,7 +26,8 @@ def group_token_mean(mask: Tensor, max_completion_length: int | None = None, gro
     if groups is None:
         return sequence_mean(mask)
     _, group = groups.unique(return_inverse=True)
-    tokens = torch.zeros(int(group.max()) + 1, device=mask.device).index_add(0, group, mask.sum(dim=1).float())
+    of_responses = mask.sum(dim=1)
+    tokens = of_responses.new_zeros(int(group.max()) + 1).index_add(0, group, of_responses)
     return mask / tokens.clamp(min=1)[group, None] / len(tokens)
 
 
