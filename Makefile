@@ -10,8 +10,10 @@
 # make lock       rewrites requirements.lock and requirements-verl.lock
 #
 # Each command creates the environment that it needs. docs/installation.md has the same commands without make.
+
 # A shell may forbid Python to store compiled modules. Then each process compiles torch again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder

@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 
 from minicpgd import TrainConfig, evaluate, load_run, train
 from minicpgd.cli.progress import Bars
+from minicpgd.experiments.catalogue import row_settings
 from minicpgd.models.policy import EMBEDDED, Policy, quiet
 from minicpgd.plots.style import COLOURS, DASHES, styled
 from minicpgd.tasks.task import get_task
@@ -47,14 +48,10 @@ RUNS = {
     ("cpgd", "trl"): "CPGD, in TRL (CPGDTrainer)",
 }
 
-# The published runs have the first default of the package: a large drift, and no stop.
-FIRST_DEFAULT = {"drift_coef": "max_advantage", "target_kl": None}
-
 
 def train_in_our_loop(rate: float, algorithm: str, seed: int, folder: str) -> tuple[list[float], float]:
     """Train with our loop, and return the reward of each rollout and the greedy accuracy at the end."""
     config = TrainConfig(
-        algorithm=algorithm,
         seed=seed,
         num_prompts=PROMPTS,
         num_generations=RESPONSES,
@@ -64,7 +61,7 @@ def train_in_our_loop(rate: float, algorithm: str, seed: int, folder: str) -> tu
         learning_rate=rate,
         max_completion_length=MAX_LENGTH,
         output_dir=folder,
-        **(FIRST_DEFAULT if algorithm == "cpgd" else {"target_kl": None}),
+        **row_settings(algorithm),  # as in the studies: a large drift, and no stop
     )
     run = load_run(train(config))
     return run.metrics["reward"][1:].tolist(), float(run.metrics["eval_accuracy"][-1])
@@ -98,7 +95,7 @@ def train_in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[l
         "bf16": False,
     }
     trainer_class, args = (
-        (CPGDTrainer, CPGDConfig(algorithm="cpgd", **FIRST_DEFAULT, **settings))
+        (CPGDTrainer, CPGDConfig(**row_settings("cpgd"), **settings))
         if algorithm == "cpgd"
         else (GRPOTrainer, GRPOConfig(loss_type="grpo", **settings))
     )

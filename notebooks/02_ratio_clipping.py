@@ -19,6 +19,7 @@ import torch
 
 from minicpgd import TrainConfig
 from minicpgd.algorithms import ALGORITHMS, LossSettings
+from minicpgd.experiments.catalogue import row_settings
 from minicpgd.models import quiet
 from minicpgd.plots import objective_curves, token_regions, token_text
 from minicpgd.plots.objectives import objective_and_weight
@@ -143,8 +144,7 @@ SEEDS = 3  # fast: 1
 def walk(name, seed=0, passes=PASSES, **settings):
     """The learner, the experience of its rollout, and the output of the loss after each pass."""
     settings = {"num_prompts": 8, "num_generations": 8, "num_iterations": passes, "seed": seed, **settings}
-    settings = {"target_kl": None} | ({"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {}) | settings
-    learner = Learner.from_config(TrainConfig(algorithm=name, **settings))
+    learner = Learner.from_config(TrainConfig(**row_settings(name) | settings))
     generators = seed_step(seed, step=1)
     experience = learner.collect(generators)
     rollout, advantages = experience.rollout, experience.advantages.flatten()

@@ -19,6 +19,7 @@ import torch
 
 from minicpgd import TrainConfig
 from minicpgd.algorithms import ALGORITHMS, LossSettings, bounded_drift, exact_kl, k1, k2, k3, max_advantage_coef
+from minicpgd.experiments.catalogue import row_settings
 from minicpgd.models import quiet
 from minicpgd.plots.style import COLOURS, DASHES, KL, MARKERS, STYLE, line_style
 from minicpgd.training import Learner, seed_step
@@ -211,8 +212,7 @@ SEEDS = 3  # fast: 1
 def walk(name, seed, **settings):
     """The experience of a rollout, and the log-ratios before the first pass and after each pass."""
     settings = {"num_prompts": 8, "num_generations": 8, "num_iterations": PASSES, "seed": seed, **settings}
-    settings = {"target_kl": None} | ({"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {}) | settings
-    learner = Learner.from_config(TrainConfig(algorithm=name, **settings))
+    learner = Learner.from_config(TrainConfig(**row_settings(name) | settings))
     generators = seed_step(seed, step=1)
     experience = learner.collect(generators)
     rollout = experience.rollout

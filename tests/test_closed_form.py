@@ -48,7 +48,7 @@ def test_below_the_bound_the_objective_has_no_maximum(factor):
     assert probabilities[2] < 2e-3 * OLD[A.argmin()]
 
 
-def test_auto_is_never_below_the_bound():
+def test_max_advantage_is_never_below_the_bound():
     """Ratios end at 1 + A / alpha, in [0, 2]. That of the worst action ends at 0, and approaches it as 1 / steps."""
     alpha = max_advantage_coef(A)
     assert alpha >= -A.min()

@@ -25,18 +25,17 @@ from minicpgd.experiments.runner import Part, Settings, Study
 # rate, are far more than anyone recommends. The studies say where else it shows.
 DEMO: Settings = {
     "max_steps": 20, "num_prompts": 16, "num_generations": 8, "num_iterations": 16, "num_minibatches": 4,
-    "learning_rate": 2e-4, "eval_steps": 2, "logging_steps": 1, "target_kl": None,
+    "learning_rate": 2e-4, "eval_steps": 2, "logging_steps": 1,
 }  # fmt: skip
 FOUR = ("cpgd", "grpo", "rloo", "reinforce_pp")
-BASE: Settings = {
-    "max_steps": 20, "num_prompts": 8, "num_generations": 8, "eval_steps": 2, "logging_steps": 5, "target_kl": None,
-}  # fmt: skip
+BASE: Settings = {"max_steps": 20, "num_prompts": 8, "num_generations": 8, "eval_steps": 2, "logging_steps": 5}
 HARD: Settings = {"learning_rate": 1e-4, "num_iterations": 16}  # This makes K = 64.
 
 
 def row_settings(name: str) -> Settings:
     """A row as the studies have it: without a stop, and with the drift of the first default, max_advantage."""
-    return {"algorithm": name} | ({"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {})
+    drift = {"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {}
+    return {"algorithm": name, "target_kl": None} | drift
 
 
 def demo_configs(folder: Path, seed: int = 0) -> list[TrainConfig]:
@@ -70,6 +69,7 @@ def drift_study(
     shapes = [*product((4, 16), ("std", "equal"), (1e-4,)), (16, "std", 2e-4)]
     grid: list[Settings] = [
         HARD
+        | row_settings("cpgd")
         | {"num_generations": g, "num_prompts": 64 // g, "advantage_weight": w, "learning_rate": rate, "drift_coef": c}
         for (g, w, rate), c in product(shapes, coefs)
     ]
@@ -82,7 +82,7 @@ def anatomy_study(seeds: Sequence[int] = range(100, 108), max_steps: int = 20) -
     grpo = ("grpo", "grpo_drift", "grpo_dual_clip", "grpo_unclipped")
     rows = ("cpgd", "cpg", "pgd", "pg", *grpo, "rloo", "rloo_drift", "reinforce_pp", "reinforce_pp_drift")
     arms: list[Settings] = [HARD | row_settings(row) for row in rows]
-    arms += [HARD | {"algorithm": "grpo", "beta": beta} for beta in (0.04, 0.4)]
+    arms += [HARD | row_settings("grpo") | {"beta": beta} for beta in (0.04, 0.4)]
     asks = "Which half of CPGD does the work, and does it help the others as much?"
     return Study("anatomy", asks, BASE | {"max_steps": max_steps}, [Part("anatomy", seeds, _always(arms))])
 

@@ -76,10 +76,10 @@ def default_study(
     """
     long: Settings = {"max_steps": max_steps, "eval_steps": 10, "logging_steps": 50, "save_steps": 100}
 
-    def long_runs(names: Sequence[str], sizes: Sequence[int]) -> list[Settings]:
+    def long_runs(names: Sequence[str], of_sizes: Sequence[int]) -> list[Settings]:
         return [
             SETTINGS[name] | long | {"learning_rate": rate, "num_prompts": n, "num_generations": n}
-            for n, rate, name in product(sizes, rates, names)
+            for n, rate, name in product(of_sizes, rates, names)
         ]
 
     def on_the_map(so_far: pd.DataFrame) -> list[Settings]:

@@ -1,6 +1,6 @@
 r"""Many runs: one question, a grid of settings, several seeds, and a table of outcomes.
 
-In: a `Study` (`catalogue.py` has four). Out: its folder, with
+In: a `Study` (`catalogue.py` has them). Out: its folder, with
 
     study.csv       a row per run: its settings, whether it collapsed, accuracy before, best and after
     steps.csv.gz    the metrics of every step of every run; of one with over 100 steps, of every `log_every` steps

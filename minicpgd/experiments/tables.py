@@ -202,19 +202,18 @@ def warning_summary(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def late_accuracy(folder: Path) -> pd.Series:
+def late_accuracy(table: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
     """The mean greedy accuracy of each run of a study over the last fifth of its steps, by the run's name."""
-    lengths = pd.read_csv(folder / "study.csv").drop_duplicates("run").set_index("run")["max_steps"]
-    steps = pd.read_csv(folder / "steps.csv.gz").dropna(subset="eval_accuracy")
+    lengths = table.drop_duplicates("run").set_index("run")["max_steps"]
     late = steps[steps["step"] > 0.8 * steps["run"].map(lengths)]
-    return late.groupby("run")["eval_accuracy"].mean()
+    return late.groupby("run")["eval_accuracy"].mean()  # A step without an evaluation has NaN, which does not count.
 
 
 def default_summary(folder: Path) -> pd.DataFrame:
     """What the rule of `default_rule.py` asks of each setting: long runs beside no drift, the map, and K = 64."""
-    table = pd.read_csv(folder / "study.csv")
-    table = table.assign(name=setting_names(table), late=table["run"].map(late_accuracy(folder)))
-    updates = pd.read_csv(folder / "steps.csv.gz").groupby("run")["updates"].mean()
+    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
+    table = table.assign(name=setting_names(table), late=table["run"].map(late_accuracy(table, steps)))
+    updates = steps.groupby("run")["updates"].mean()
     long, cell = table[table["part"] == "long"], ["num_prompts", "learning_rate"]
     no_drift = long[long["name"] == "no drift"].groupby(cell)["late"].mean()
     candidates = set(table.loc[table["part"] == "screen", "name"])

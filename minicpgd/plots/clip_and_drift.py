@@ -16,7 +16,7 @@ from minicpgd.algorithms import ALGORITHMS
 from minicpgd.experiments.default_rule import setting_names
 from minicpgd.experiments.tables import rate_name
 from minicpgd.plots.objectives import SHADE, objective_and_weight
-from minicpgd.plots.style import COLOURS, DASHES, RATIO, styled
+from minicpgd.plots.style import COLOURS, DASHES, RATIO, seeds, styled
 
 LINES = {  # the settings that the lower panels show: colour, dashes, and the name in the legend
     "no drift": (COLOURS[4], DASHES[0], "no drift"),
@@ -52,8 +52,7 @@ def clip_against_drift(folder: Path) -> Figure:
             colour, dashes, label = LINES[name]
             rows = steps.merge(runs.loc[runs["name"] == name, ["run"]], on="run")
             by_seed = rows.pivot_table(index="step", columns="run", values="eval_accuracy")
-            axis.plot(by_seed, color=colour, linewidth=0.6, alpha=0.35, linestyle=dashes)
-            axis.plot(by_seed.mean(axis=1), color=colour, linestyle=dashes, label=label, linewidth=2.4)
+            seeds(axis, by_seed, colour, dashes, label)
         axis.set(title=f"{k}, learning rate {rate_name(runs['learning_rate'].max())}", xlabel="rollout", ylim=(0, 1.03))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axis.legend(handlelength=3.2, loc="lower left")

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from minicpgd.algorithms import display_name
 from minicpgd.experiments.statistics import Estimate, bootstrap_mean
 from minicpgd.experiments.tables import healthy_share, percent, rate_name, tolerated_rate
-from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, band, styled
+from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, band, seeds, styled
 
 
 @styled
@@ -99,8 +99,7 @@ def map_curves(folder: Path) -> Figure:
         for axis, (_, lines) in zip(column, panels, strict=True):
             for metric, label, dashes in lines:
                 by_seed = rows.pivot_table(index="step", columns="run", values=metric)
-                axis.plot(by_seed, color=colour, linewidth=0.7, alpha=0.45, linestyle=dashes)
-                axis.plot(by_seed.mean(axis=1), color=colour, linestyle=dashes, label=label)
+                seeds(axis, by_seed, colour, dashes, label)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         column[0].set(title=display_name(algorithm), ylim=(0, 1))
         column[2].set(yscale="log", ylim=(1e-4, None))  # A rollout without advantages has no KL.

@@ -105,8 +105,7 @@ def anatomy_passes(folder: Path, *, step: int = 1) -> Figure:
         style.ribbons(column[0], low.index, (low, p01, p99, high), colour, bounds=(0.8, 1.2))
         column[0].set(yscale="log", title=display_name(algorithm))
         by_run = rows.pivot_table(index="pass", columns="run", values="kl_old")
-        column[1].plot(by_run, color=colour, linewidth=0.7, alpha=0.45)
-        column[1].plot(by_run.mean(axis=1), color=colour)
+        style.seeds(column[1], by_run, colour)
         column[1].set_yscale("log")
         for sign, dashes, label in (("pos", "-", "A > 0"), ("neg", DASHES[1], "A < 0")):
             column[2].plot(by_pass[f"clip_frac_{sign}"].mean(), color=colour, linestyle=dashes, label=label)

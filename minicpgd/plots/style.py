@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec
 
 import matplotlib
+import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -50,6 +51,12 @@ def line_style(which: int) -> LineStyle:
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Let a function draw in this style."""
     return matplotlib.rc_context(STYLE)(draw)
+
+
+def seeds(axis: Axes, by_run: pd.DataFrame, colour: str, dashes: Any = "-", label: str = "") -> None:
+    """A thin line for each run, which are the columns, and a thick one for their mean."""
+    axis.plot(by_run, color=colour, linewidth=0.7, alpha=0.45, linestyle=dashes)
+    axis.plot(by_run.mean(axis=1), color=colour, linestyle=dashes, label=label)
 
 
 def band(axis: Axes, which: int, points: dict[float, Estimate], label: str, marker: str | None = None) -> None:
