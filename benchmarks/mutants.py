@@ -64,6 +64,9 @@ TESTS = {  # The quick tests come first, because the first failure ends the test
     "test_remedies.py::test_the_adaptive_coefficient_is_doubled_or_halved "
     "test_remedies.py::test_the_mean_kl_is_the_metric_kl_old "
     "test_remedies.py::test_the_clip_bounds_loosen_along_a_response "
+    "test_remedies.py::test_tokens_before_a_response_have_finite_bounds "
+    "test_remedies.py::test_all_tokens_of_a_prompts_responses_share_one_mean "
+    "test_advantages.py::test_complete_rewards_take_the_formula_of_the_row "
     "test_remedies.py::test_a_token_is_clipped_at_its_own_bound "
     f"test_remedies.py::test_a_loss_takes_an_advantage_for_each_token {TABLE_TESTS} test_gradients.py",
     "algorithms/table": f"{TABLE_TESTS} test_gradients.py",

@@ -118,6 +118,7 @@ def test_the_mean_kl_is_the_metric_kl_old():
     d = (logp - old)[mask].double()
     assert mean_kl(outputs) == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-6)
     assert mean_kl(outputs) == token_metrics(outputs)["kl_old"]
+    assert type(mean_kl(outputs)) is float
     assert mean_kl([loss_of("cpgd", logp, old, torch.ones(6), torch.zeros(6, 5))]) == 0
 
 
@@ -139,12 +140,14 @@ def test_each_response_may_have_its_own_drift_coefficient():
         for i, alpha in enumerate(alphas.tolist())
     ]
     torch.testing.assert_close(output.loss, sum(parts) / 3)
+    assert loss_of("cpgd", logp.float(), rest[0].float(), *rest[1:], drift_coef=alphas).loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("coefficient", "kl", "wanted"),
     [(1, 0.0151, 2), (1, 0.015, 1), (1, 0.01, 1), (1, 0.0067, 1), (1, 0.0066, 0.5), (0.25, 0, 0.125), (4, math.inf, 8),
-     (2.0**20, 1, 2.0**20), (2.0**-20, 0, 2.0**-20), (2.0**19, 1, 2.0**20), (2.0**-19, 0, 2.0**-20)],
+     (2.0**20, 1, 2.0**20), (2.0**-20, 0, 2.0**-20), (2.0**19, 1, 2.0**20), (2.0**-19, 0, 2.0**-20),
+     (1, 0.01 / 1.5, 1)],
 )  # fmt: skip
 def test_the_adaptive_coefficient_is_doubled_or_halved(coefficient, kl, wanted):
     assert adaptive_drift_coef(coefficient, kl, target_kl=0.01) == wanted
@@ -227,6 +230,14 @@ def test_the_clip_bounds_loosen_along_a_response(name):
     torch.testing.assert_close(high.exp()[mask], (1 + above * factors)[mask])
     low, high = ALGORITHMS[name].log_bounds(mask, LossSettings(epsilon=0.2), like)
     assert (low.item(), high.item()) == (math.log(0.8), math.log(1 + above))
+
+
+def test_tokens_before_a_response_have_finite_bounds():
+    """Else a token that is not in the response would make the loss NaN, although its weight is 0."""
+    mask, settings = torch.tensor([[0, 0, 1, 1]]).bool(), LossSettings(epsilon=0.2, epsilon_high=1.0, clip_growth=4.0)
+    low, high = ALGORITHMS["cpgd"].log_bounds(mask, settings, torch.zeros(1))
+    assert low.isfinite().all()
+    assert high.isfinite().all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
