@@ -9,6 +9,7 @@ import torch
 from minicpgd import ALGORITHMS, TrainConfig
 from minicpgd.algorithms.advantages import WEIGHTS
 from minicpgd.algorithms.loss import max_advantage_coef
+from minicpgd.algorithms.table import display_name
 from minicpgd.errors import ConfigError
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
@@ -212,3 +213,7 @@ def test_complete_rewards_take_the_formula_of_the_row():
     assert all(
         torch.equal(a.advantages(rewards, lengths), a.weight(rewards) * a.centre(rewards, lengths)) for a in rows
     )
+
+
+def test_figures_print_the_label_of_a_row_and_any_other_name_as_it_is():
+    assert (display_name("grpo_dual_clip"), display_name("mine")) == ("GRPO, dual clip", "mine")
