@@ -146,7 +146,9 @@ OPERATORS = [
 ]
 UNCHANGED = m.OneOf(
     m.Annotation(),
-    m.Assign(value=m.Subscript(value=m.Name("Callable"))),  # a type alias: `Level = Callable[[Tensor, Tensor], Tensor]`
+    m.Assign(
+        value=m.Subscript(value=m.Name("Callable") | m.Name("tuple"))
+    ),  # a type alias: `Pair = tuple[Tensor, Tensor]`
     m.Call(func=m.OneOf(m.Name("len"), m.Name("isinstance"))),
 )
 

@@ -66,7 +66,7 @@ def value_of(source: str) -> str:
 def made() -> pd.DataFrame:
     """The command, runs, minutes and versions of each study."""
     rows = []
-    for study in SUMMARIES:
+    for study in (name for name in SUMMARIES if (ROOT / "results" / name).exists()):
         provenance = json.loads((ROOT / "results" / study / "made.json").read_text())
         minutes = f"{provenance['core_minutes']:.0f}" if "core_minutes" in provenance else "none"
         runs = provenance.get(

@@ -17,7 +17,7 @@ from minicpgd.cli.progress import Bars, console, text_table
 from minicpgd.config import SEEDS, TrainConfig
 from minicpgd.errors import Range, UserError
 
-StudyName = Literal["map", "drift", "anatomy", "fair", "default", "warning"]
+StudyName = Literal["map", "drift", "anatomy", "fair", "default", "endurance", "stabilisers", "warning"]
 COLUMNS = ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "max ratio", "sec.")
 
 
@@ -78,7 +78,11 @@ def _print_outcomes(configs: Sequence[TrainConfig]) -> None:
         accuracies = (result.accuracy_before, result.accuracy_best, result.accuracy_final)
         rewards = f"{result.reward_before:.2f}→{result.reward_last:.2f}"
         collapsed = Text("yes", "red") if result.collapsed else Text("no", "green")
-        others = (f"{result.kl_largest:.2g}", f"{result.ratio_largest:.3g}", f"{run_seconds(config.folder):.0f}")
+        others = (
+            f"{result.kl_largest:.2g}",
+            f"{result.ratio_largest:.3g}",
+            f"{sum(run_seconds(config.folder).values()):.0f}",
+        )
         cells: list[Any] = [*(f"{share:.2f}" for share in accuracies), rewards, collapsed, *others]
         table.add_row(display_name(config.algorithm), *cells)
     console.print(table)

@@ -3,8 +3,9 @@ r"""The demo and the studies: the question, the algorithms, the settings and the
 Each study is a function of what may be made smaller: `STUDIES` has the full ones, `QUICK` those that take minutes. The
 seeds from 100 on were not used for anything before. The seeds of a search are never used for its report.
 
-All studies but `default` have the same rollout budget: 20 rollouts of 8 problems x 8 responses. They differ in the
-learning rate and in K, the number of updates on a rollout. `default_rule.py` has the study `default`.
+The studies of this file have the same rollout budget: 20 rollouts of 8 problems x 8 responses. They differ in the
+learning rate and in K, the number of updates on a rollout. The study `default` is in `default_rule.py`; `endurance` and
+`stabilisers` are in `endurance.py`.
 """
 
 import math
@@ -19,6 +20,7 @@ import pandas as pd
 from minicpgd.algorithms import ALGORITHMS
 from minicpgd.config import TrainConfig
 from minicpgd.experiments.default_rule import default_study
+from minicpgd.experiments.endurance import endurance_study, stabilisers_study
 from minicpgd.experiments.runner import Part, Settings, Study
 
 # The demo's setting was chosen because the difference shows: 64 updates on each rollout, at twice the default learning
@@ -115,7 +117,8 @@ def fair_study(
     return Study("fair", asks, BASE | {"max_steps": max_steps}, parts)
 
 
-STUDIES = {study.name: study for study in (map_study(), drift_study(), anatomy_study(), fair_study(), default_study())}
+_ALL = (map_study, drift_study, anatomy_study, fair_study, default_study, endurance_study, stabilisers_study)
+STUDIES = {study.name: study for study in (make() for make in _ALL)}
 QUICK = {
     study.name: replace(study, quick=True)
     for study in (
@@ -124,5 +127,7 @@ QUICK = {
         anatomy_study(seeds=(100,), max_steps=10),
         fair_study(draws=2, seeds=(300,), max_steps=10),
         default_study(seeds=(100,), sizes=(8,), rates=(2e-4,), map_rates=(1e-4, 3e-4), max_steps=20),
+        endurance_study(seeds=(100,), rates=(2e-4,), max_steps=20, reused_steps=10),
+        stabilisers_study(rates=(1e-4, 3e-4), updates=(4, 64), seeds=(100,), max_steps=10),
     )
 }

@@ -8,6 +8,8 @@ has not collapsed, and is not healthy either: the embedded model starts with a q
 
 Both rules were written down before the first run of the studies.
 
+*Fell*: at some step the mean reward of the last 10 steps was below half of its best until then. The run may recover.
+
 In: a finished run's folder. Out: an `Outcome`.
 """
 
@@ -48,6 +50,8 @@ class Outcome:
     kl_last: float
     ratio_largest: float
     length_last: float
+    fell: float  # the first step at which it had fallen; NaN if there is none
+    updates_mean: float  # updates made per rollout; K, unless a stop ended the passes or no response had an advantage
     drift_coef_mean: float  # means over the steps
     advantage_max_mean: float
     advantage_min_mean: float
@@ -73,6 +77,17 @@ def collapsed(reward: ArrayLike, start: float) -> bool:
     """
     means = window_means(reward)
     return bool(means[-1] < 0.5 * means.max() or means[-1] < start)
+
+
+def first_fall(reward: ArrayLike) -> float:
+    """The first step at which the mean reward of 10 steps is below half of its best until then; NaN if there is none.
+
+    Raises:
+        ValueError: fewer than 10 steps.
+    """
+    means = window_means(reward)
+    below = means < 0.5 * np.maximum.accumulate(means)
+    return float(WINDOW + below.argmax()) if below.any() else np.nan
 
 
 def outcome(folder: Path) -> Outcome:
@@ -106,6 +121,8 @@ def outcome(folder: Path) -> Outcome:
         kl_last=over("kl_old", np.mean, last),
         ratio_largest=over("ratio_max", np.max),
         length_last=over("completion_length", np.mean, last),
+        fell=len(reward) - 1.0 if diverged else first_fall(reward[1:]),
+        updates_mean=over("updates", np.mean),
         drift_coef_mean=over("drift_coef", np.mean),
         advantage_max_mean=over("advantage_max", np.mean),
         advantage_min_mean=over("advantage_min", np.mean),

@@ -5,6 +5,7 @@ In: a `Study` (`catalogue.py` has them). Out: its folder, with
     study.csv       a row per run: its settings, whether it collapsed, accuracy before, best and after
     steps.csv.gz    the metrics of every step of every run; of one with over 100 steps, of every `log_every` steps
     passes.csv.gz   ratios, KL and clipped shares of every pass over some rollouts
+    seconds.csv     the seconds of each run in rollouts and in updates; they depend on the machine
     made.json       the command, the versions, and the core-minutes
 
 Runs lie in a pool, under names made from their settings. Two studies with the same settings share a run. You may kill a
@@ -120,12 +121,14 @@ def run_study(
         if name == "steps":
             logged = [rows[rows["step"] % study.log_every == 0] if len(rows) > 100 else rows for rows in logged]
         write_table(folder / f"{name}.csv.gz", pd.concat(logged, ignore_index=True))
+    seconds = pd.DataFrame([run_seconds(pool / run) for run in table["run"].unique()], index=table["run"].unique())
+    write_table(folder / "seconds.csv", seconds.rename_axis("run").reset_index())
     provenance = {
         "asks": study.asks,
         "command": study.command,
         "base": study.base,
         "runs": len(table),
-        "core_minutes": round(sum(run_seconds(pool / run) for run in table["run"]) / 60, 1),
+        "core_minutes": round(float(seconds.to_numpy().sum()) / 60, 1),
         "versions": versions(),
         "machine": f"{platform.machine()}, one thread per run",
     }

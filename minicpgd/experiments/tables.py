@@ -12,6 +12,7 @@ import pandas as pd
 
 from minicpgd.algorithms import display_name
 from minicpgd.experiments.default_rule import SETTINGS, is_admitted, setting_names
+from minicpgd.experiments.endurance import REMEDIES, remedy_names
 from minicpgd.experiments.outcome import HEALTHY
 from minicpgd.experiments.statistics import Estimate, bootstrap_mean, wilson
 
@@ -237,7 +238,44 @@ def default_summary(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def endurance_summary(folder: Path) -> pd.DataFrame:
+    """How many long runs of each remedy fell, and how many did not recover; accuracy over the last fifth."""
+    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
+    table = table.assign(remedy=remedy_names(table), late=table["run"].map(late_accuracy(table, steps)))
+    rows = []
+    for (part, remedy), runs in table.groupby(["part", "remedy"], sort=False):
+        row = {"remedy": f"{remedy}, {part}"}
+        for rate, cell in runs.groupby("learning_rate"):
+            row[f"fell, lr {rate_name(rate)}"] = count_text(cell["fell"].notna())
+            row[f"collapsed, lr {rate_name(rate)}"] = count_text(cell["collapsed"])
+            row[f"late accuracy, lr {rate_name(rate)}"] = mean_text(cell["late"])
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def stabilisers_summary(folder: Path) -> pd.DataFrame:
+    """The healthy share of the map of each remedy, the rate it tolerates at each K, and its price, best first."""
+    table, seconds = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "seconds.csv").set_index("run").sum(axis=1)
+    table = table.assign(remedy=remedy_names(table), seconds=table["run"].map(seconds))
+    largest = table["updates_per_rollout"].max()
+    at_largest = table[table["updates_per_rollout"] == largest]
+    usual = at_largest.loc[at_largest["remedy"] == "GRPO", "seconds"].median()
+    rows = []
+    for remedy in sorted(REMEDIES, key=lambda name: -table.loc[table["remedy"] == name, "healthy"].mean()):
+        if (runs := table[table["remedy"] == remedy]).empty:
+            continue
+        row = {"remedy": remedy, "healthy share of the map": percent(healthy_share(runs))}
+        for k, at_k in runs.groupby("updates_per_rollout"):
+            row[f"learning rate tolerated, K = {k}"] = geometric(tolerated_rate(at_k), ".1e")
+        reused = at_largest[at_largest["remedy"] == remedy]
+        row[f"updates per rollout, K = {largest}"] = f"{reused['updates_mean'].mean():.1f}"
+        row[f"time, K = {largest}, GRPO = 1"] = f"{reused['seconds'].median() / usual:.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 SUMMARIES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "map": map_summary, "drift": drift_summary, "anatomy": anatomy_summary, "fair": fair_summary,
-    "default": default_summary, "warning": warning_summary,
+    "default": default_summary, "endurance": endurance_summary, "stabilisers": stabilisers_summary,
+    "warning": warning_summary,
 }  # fmt: skip

@@ -9,11 +9,21 @@ from minicpgd.plots.maps import map_curves, map_frontiers, map_heat
 from minicpgd.plots.memory import memory_bars
 from minicpgd.plots.objectives import objective_curves, token_regions
 from minicpgd.plots.runs import ratio_ranges, training_curves
-from minicpgd.plots.studies import anatomy_passes, anatomy_rows, drift_coefs, fair_search, warning_signals
+from minicpgd.plots.studies import (
+    anatomy_passes,
+    anatomy_rows,
+    drift_coefs,
+    endurance_fates,
+    endurance_survival,
+    fair_search,
+    stabilisers_price,
+    warning_signals,
+)
 from minicpgd.plots.tokens import token_text
 
 __all__ = [
-    "anatomy_passes", "anatomy_rows", "clip_against_drift", "drift_coefs", "fair_search", "map_curves",
+    "anatomy_passes", "anatomy_rows", "clip_against_drift", "drift_coefs", "endurance_fates", "endurance_survival",
+    "fair_search", "map_curves", "stabilisers_price",
     "map_frontiers", "map_heat", "memory_bars", "objective_curves", "ratio_ranges", "token_regions", "token_text",
     "training_curves", "warning_signals",
 ]  # fmt: skip

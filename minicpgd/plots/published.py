@@ -21,6 +21,8 @@ STUDY_FIGURES: dict[str, dict[str, Callable[[Path], Figure]]] = {
     "anatomy": {"anatomy": plots.anatomy_rows, "passes": plots.anatomy_passes},
     "fair": {"fair": plots.fair_search},
     "default": {"clip_against_drift": plots.clip_against_drift},
+    "endurance": {"endurance": plots.endurance_survival, "fates": plots.endurance_fates},
+    "stabilisers": {"stabilisers": plots.stabilisers_price},
     "warning": {"warning": plots.warning_signals},
 }
 
@@ -36,12 +38,13 @@ def save_published(results: Path, folder: Path) -> Iterator[Path]:
     Raises:
         UserError: a log is missing.
     """
+    studies = [name for name in STUDY_FIGURES if (results / name).is_dir()]
     demo_runs = [results / "demo" / "seed0" / config.algorithm for config in demo_configs(results)]
-    for needed in (*demo_runs, *(results / name / "study.csv" for name in STUDY_FIGURES)):
+    for needed in (*demo_runs, *(results / name / "study.csv" for name in studies)):
         if not needed.exists():
             raise UserError(f"{needed}: missing; --results names the folder of committed logs in the repository")
     yield from save_figures(folder, demo_runs)
-    for name in STUDY_FIGURES:
+    for name in studies:
         yield from save_study_figures(results / name, name, folder)
     recipes = {load_recipe(name).config.model: name for name in KNOWN if name.startswith("qwen")}
     cards = {model: load_recipe(name).card_gib or 0.0 for model, name in recipes.items()}

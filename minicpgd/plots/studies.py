@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from minicpgd.algorithms import ALGORITHMS, display_name
+from minicpgd.experiments.endurance import FIGURE_1, remedy_names
 from minicpgd.experiments.statistics import Estimate, bootstrap_mean, wilson
-from minicpgd.experiments.tables import advantage_size, arm_name, shape_name
+from minicpgd.experiments.tables import advantage_size, arm_name, healthy_share, late_accuracy, rate_name, shape_name
 from minicpgd.plots import style
 from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, line_style, styled
 
@@ -181,4 +182,95 @@ def warning_signals(folder: Path) -> Figure:
     axis.set(xlim=(-0.02, 1.02), xlabel="share of the runs that the rule was not fitted on")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
     figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2)
+    return figure
+
+
+SURVIVORS = ("GRPO", "RLOO", "REINFORCE++", "drift 0.01", "drift max advantage", "CPGD, default", "stop 0.003")
+
+
+@styled
+def endurance_survival(folder: Path) -> Figure:
+    """The share of long runs that has not fallen, over rollouts; below it each remedy's late accuracy and falls."""
+    from scipy.stats import CensoredData, ecdf  # This import takes half a second.
+
+    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
+    table = table.assign(remedy=remedy_names(table), late=table["run"].map(late_accuracy(table, steps)))
+    long = table[table["part"].isin(["K = 4", "K = 8"])]
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(4, 5)))
+    for axis, (part, runs) in zip(above.subplots(1, 2, sharey=True), long.groupby("part", sort=False), strict=True):
+        for i, remedy in enumerate(SURVIVORS):
+            fell = runs.loc[runs["remedy"] == remedy, "fell"]
+            length = runs["max_steps"].max()
+            alive = ecdf(CensoredData(uncensored=fell.dropna(), right=[length] * fell.isna().sum())).sf
+            x, y = np.append(alive.quantiles, length), np.append(alive.probabilities, alive.probabilities[-1])
+            style_of = line_style(i)
+            axis.step(
+                np.append(0, x), np.append(1, y), color=style_of.color, linestyle=style_of.linestyle, where="post"
+            )
+            end = wilson(fell.isna().sum(), len(fell))
+            axis.plot([length * (1.03 + 0.025 * i)] * 2, [end.low, end.high], color=style_of.color, linewidth=2)
+            axis.plot(length * (1.03 + 0.025 * i), end.value, style_of.marker, color=style_of.color, label=remedy)
+        axis.set(title=f"{part}, all learning rates", xlabel="rollout", ylim=(-0.02, 1.04))
+    above.axes[0].set_ylabel("share that has not fallen")
+    above.legend(*above.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    cells = long.groupby(["remedy", "part", "learning_rate"], sort=False)
+    late, fallen = cells["late"].mean().unstack([1, 2]), cells["fell"].count().unstack([1, 2])
+    order = late.mean(axis=1).sort_values(ascending=False).index
+    axis = below.subplots()
+    axis.imshow(late.loc[order], cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for (y, x), accuracy in np.ndenumerate(late.loc[order].to_numpy()):
+        text = f"{accuracy:.2f}   fell {fallen.loc[order].iloc[y, x]}"
+        axis.text(x, y, text, ha="center", va="center", color="white" if accuracy < 0.55 else "black", size=9)
+    axis.set_xticks(range(late.shape[1]), [f"{part}, {rate_name(rate)}" for part, rate in late.columns])
+    axis.set_yticks(range(len(order)), order)
+    axis.set_title("Greedy accuracy over the last fifth; of how many seeds the reward fell")
+    axis.grid(visible=False)
+    return figure
+
+
+@styled
+def endurance_fates(folder: Path) -> Figure:
+    """Reward, length, ratios and clipped tokens over the run, at the largest rate at K = 4: the paper's Figure 1."""
+    table = pd.read_csv(folder / "study.csv")
+    table = table.assign(remedy=remedy_names(table))
+    rate = table["learning_rate"].max()
+    chosen = table[table["part"].isin(["K = 4", "Figure 1"]) & (table["learning_rate"] == rate)]
+    names = ("GRPO", "RLOO", "REINFORCE++", "log-ratio clip", "drift 0.01", *FIGURE_1)
+    steps = pd.read_csv(folder / "steps.csv.gz").assign(clipped=lambda t: t["clip_frac_pos"] + t["clip_frac_neg"])
+    panels = {"reward": "reward", "completion_length": "tokens", "ratio_p99": "ratio, 99 %", "clipped": "share clipped"}
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True)
+    for i, name in enumerate(names):
+        rows = steps.merge(chosen.loc[chosen["remedy"] == name, ["run"]], on="run")
+        colour, dashes = COLOURS[i % len(COLOURS)], DASHES[(i + i // len(COLOURS)) % len(DASHES)]
+        for axis, column in zip(axes, panels, strict=True):
+            mean = rows.pivot_table(index="step", columns="run", values=column).mean(axis=1)
+            axis.plot(mean.rolling(4, min_periods=1).mean(), color=colour, linestyle=dashes, label=name, linewidth=1.7)
+    for axis, unit in zip(axes, panels.values(), strict=True):
+        axis.set_ylabel(unit)
+    axes[2].set_yscale("log")
+    axes[-1].set_xlabel(f"rollout (K = 4, learning rate {rate_name(rate)}; means over seeds)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, handlelength=3.2)
+    return figure
+
+
+@styled
+def stabilisers_price(folder: Path) -> Figure:
+    """Each remedy's healthy share of the map, and how many of 64 updates it makes; the best at the top."""
+    table = pd.read_csv(folder / "study.csv")
+    table = table.assign(remedy=remedy_names(table))
+    order = table.groupby("remedy")["healthy"].mean().sort_values().index
+    largest = table["updates_per_rollout"].max()
+    figure = Figure(figsize=(10, 1.6 + 0.27 * len(order)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for y, remedy in enumerate(order):
+        runs = table[table["remedy"] == remedy]
+        interval(left, y, healthy_share(runs), COLOURS[0], "o")
+        made = runs.loc[runs["updates_per_rollout"] == largest, "updates_mean"]
+        interval(right, y, bootstrap_mean(made.to_numpy()), COLOURS[1], "s")
+    left.set_yticks(range(len(order)), order)
+    left.set(title="Healthy share of the map", xlim=(0, 1))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    right.set(title=f"Updates made per rollout at K = {largest}", xlim=(0, None))
     return figure

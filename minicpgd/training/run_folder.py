@@ -68,10 +68,10 @@ def load_timings(path: str | Path) -> dict[str, np.ndarray]:
     return _columns(Path(path) / "timings.jsonl")
 
 
-def run_seconds(path: str | Path) -> float:
-    """Seconds that a run spent in rollouts and updates."""
+def run_seconds(path: str | Path) -> dict[str, float]:
+    """Seconds that a run spent in rollouts and in updates."""
     timings = load_timings(path)
-    return float((timings["rollout_seconds"] + timings["update_seconds"]).sum()) if timings else 0.0
+    return {name: float(timings[name].sum()) if timings else 0.0 for name in ("rollout_seconds", "update_seconds")}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,122 @@
+r"""What keeps a policy alive, for how long, and at what price? The two studies that ask, and the remedies by name.
+
+*Endurance* makes long runs at few updates per rollout, and shorter ones at many. *Stabilisers* makes short runs of
+every remedy on the map, learning rate x K.
+
+In: nothing, or a smaller size. Out: a `Study`. `tables.py` and `plots/endurance.py` read their outcomes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+
+import pandas as pd
+
+from minicpgd.config import TrainConfig
+from minicpgd.experiments.runner import Part, Settings, Study
+
+
+def remedy(algorithm: str, target_kl: float | None = None, **settings: object) -> Settings:
+    """A row with its settings; without a stop unless `target_kl` is given."""
+    return {"algorithm": algorithm, "target_kl": target_kl} | settings
+
+
+DECAY: Settings = {"lr_scheduler_type": "linear"}
+REMEDIES: dict[str, Settings] = {
+    "GRPO": remedy("grpo"),
+    "RLOO": remedy("rloo"),
+    "REINFORCE++": remedy("reinforce_pp"),
+    "dual clip": remedy("grpo_dual_clip"),
+    "log-ratio clip": remedy("cpg"),
+    "drift 0.01": remedy("cpgd", drift_coef=0.01),  # the authors' α
+    "drift 0.1": remedy("cpgd", drift_coef=0.1),
+    "drift 0.3": remedy("cpgd", drift_coef=0.3),
+    "drift 1": remedy("cpgd", drift_coef=1.0),
+    "drift 3": remedy("cpgd", drift_coef=3.0),
+    "drift max advantage": remedy("cpgd", drift_coef="max_advantage"),
+    "drift adaptive": remedy("cpgd", 0.003, drift_coef="adaptive"),
+    "drift on the ratio 1": remedy("grpo_drift", drift_coef=1.0),
+    "drift without clip 0.01": remedy("pgd", drift_coef=0.01),
+    "neither clip nor drift": remedy("pg"),
+    "reference KL 0.04": remedy("grpo", beta=0.04),
+    "reference KL 0.4": remedy("grpo", beta=0.4),
+    "stop 0.001": remedy("grpo", 0.001),
+    "stop 0.003": remedy("grpo", 0.003),
+    "stop 0.01": remedy("grpo", 0.01),
+    "stop 0.03": remedy("grpo", 0.03),
+    "CPGD, default": remedy("cpgd", 0.003, drift_coef=0.01),
+    "drift max advantage + stop": remedy("cpgd", 0.003, drift_coef="max_advantage"),
+    "dual clip + stop": remedy("grpo_dual_clip", 0.003),
+    "decay": remedy("grpo") | DECAY,
+    "decay + stop": remedy("grpo", 0.003) | DECAY,
+    "CPGD, default + decay": remedy("cpgd", 0.003, drift_coef=0.01) | DECAY,
+}
+ENDURING = (
+    "GRPO", "RLOO", "REINFORCE++", "log-ratio clip", "drift 0.01", "drift max advantage", "CPGD, default", "stop 0.003",
+    "decay", "CPGD, default + decay",
+)  # fmt: skip
+FIGURE_1 = ("dual clip", "drift on the ratio 1", "drift without clip 0.01", "neither clip nor drift")
+REUSED = (
+    "CPGD, default",
+    "stop 0.003",
+    "drift max advantage",
+    "drift max advantage + stop",
+    "drift adaptive",
+    "drift 3",
+)
+ON_THE_MAP = tuple(name for name in REMEDIES if name not in ("CPGD, default + decay", *FIGURE_1[1:]))
+
+
+def remedy_names(table: pd.DataFrame) -> pd.Series:
+    """The name in `REMEDIES` of each row of a study's table. An empty cell is the default of a config, or no stop."""
+    default = asdict(TrainConfig()) | {"target_kl": None}
+    columns = sorted({name for settings in REMEDIES.values() for name in settings})
+    names = {tuple(str(s.get(c, default[c])) for c in columns): name for name, s in REMEDIES.items()}
+    cells = table.reindex(columns=columns).astype(object)
+    rows = cells.where(cells.notna(), pd.Series(default), axis=1).itertuples(index=False)
+    return pd.Series([names[tuple(map(str, row))] for row in rows], index=table.index, dtype=object)
+
+
+def endurance_study(
+    seeds: Sequence[int] = range(100, 105),
+    rates: Sequence[float] = (1e-4, 2e-4, 3e-4),
+    max_steps: int = 500,
+    reused_steps: int = 100,
+) -> Study:
+    """Runs of 500 rollouts at K = 4 and 8; the methods of the paper's Figure 1; and 100 rollouts at K = 64.
+
+    K = 8 is two passes. The part `K = 64` has what was healthy after 20 rollouts there.
+    """
+
+    def grid(names: Sequence[str], passes: int, of_rates: Sequence[float], steps: int = max_steps) -> list[Settings]:
+        return [
+            REMEDIES[name] | {"learning_rate": rate, "num_iterations": passes, "max_steps": steps}
+            for rate, name in product(of_rates, names)
+        ]
+
+    parts = [
+        Part("K = 4", seeds, lambda _: grid(ENDURING, 1, rates)),
+        Part("K = 8", seeds, lambda _: grid(ENDURING, 2, rates)),
+        Part("Figure 1", seeds, lambda _: grid(FIGURE_1, 1, rates[-1:])),
+        Part("K = 64", seeds, lambda _: grid(REUSED, 16, rates[:1], reused_steps)),
+    ]
+    base: Settings = {"num_prompts": 8, "num_generations": 8, "eval_steps": 10, "logging_steps": 50, "save_steps": 100}
+    asks = "For how many rollouts does a policy stay alive, and with which remedy?"
+    return Study("endurance", asks, base, parts, log_every=5)
+
+
+def stabilisers_study(
+    rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3),
+    updates: Sequence[int] = (4, 16, 64),
+    seeds: Sequence[int] = range(100, 105),
+    names: Sequence[str] = ON_THE_MAP,
+    max_steps: int = 20,
+) -> Study:
+    """Every remedy on the map: how much of it stays healthy, and what the remedy costs in updates and seconds."""
+    grid = [
+        REMEDIES[name] | {"learning_rate": rate, "num_iterations": k // 4}
+        for k, rate, name in product(updates, rates, names)
+    ]
+    base: Settings = {"max_steps": max_steps, "num_prompts": 8, "num_generations": 8, "eval_steps": 2}
+    asks = "Which remedy keeps most of the map healthy, and at what price?"
+    return Study("stabilisers", asks, base | {"logging_steps": 5}, [Part("map", seeds, lambda _: grid)])
