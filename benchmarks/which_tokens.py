@@ -8,6 +8,7 @@ they answer one question, and nobody should train with them. Out: results/which_
 docs/default.md says what each explanation predicts, and `python docs/results.py` fills in what came.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from minicpgd.experiments.tables import mean_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "which_tokens"
-SECOND_MODEL = ROOT / "runs" / "which_tokens" / "second_model"
+SECOND_MODEL = Path("runs/which_tokens/second_model")  # from ROOT
 RATES = (2e-4, 1e-4)
 LORA_RATE = 1e-3
 Where = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -138,6 +139,7 @@ def main(quick: bool = False) -> None:
     Args:
         quick: one seed and few rollouts.
     """
+    os.chdir(ROOT)
     if not SECOND_MODEL.exists():
         steps = "20" if quick else "2250"
         command = ["pretrain", "--seed", "1", "--steps", steps, "--folder", str(SECOND_MODEL)]
@@ -149,9 +151,7 @@ def main(quick: bool = False) -> None:
         def poll(part: int, work: float, done: int, asked: int) -> None:
             bars.update(part, work * 100, f"{done} of {asked} runs")
 
-        run_study(study, folder, ROOT / "runs" / "studies" / "runs", on_wait=poll)
-    for path in (folder / "study.csv", folder / "made.json"):  # The folder of this machine is nobody's concern.
-        path.write_text(path.read_text().replace(f"{ROOT}/", ""))
+        run_study(study, folder, Path("runs/studies/runs"), on_wait=poll)
     print(parts_summary(folder).to_string(index=False))
     print(clip_summary(folder).to_string(index=False))
 

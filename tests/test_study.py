@@ -9,23 +9,35 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from programs import Program, minicpgd
 
-from minicpgd import ALGORITHMS, UserError, load_run, plots, train
+from minicpgd import ALGORITHMS, TrainConfig, UserError, load_run, plots, train
 from minicpgd.cli.main import main
 from minicpgd.experiments import QUICK, STUDIES, Part, Study, run_study, warning_study
 from minicpgd.experiments.catalogue import BASE, FOUR, anatomy_study, drift_study, fair_study, map_study
 from minicpgd.experiments.early_warning import Rule, Trace, collapse_step, first_alarm, fit, judge
-from minicpgd.experiments.outcome import collapsed, outcome, window_means
-from minicpgd.experiments.runner import _finish
+from minicpgd.experiments.endurance import (
+    ENDURING,
+    FIGURE_1,
+    ON_THE_MAP,
+    REMEDIES,
+    REUSED,
+    endurance_study,
+    remedy_names,
+    stabilisers_study,
+)
+from minicpgd.experiments.outcome import collapsed, first_fall, outcome, window_means
+from minicpgd.experiments.runner import _check_same, _finish
 from minicpgd.experiments.statistics import bootstrap_mean, wilson
 from minicpgd.experiments.tables import anatomy_summary, drift_summary, fair_summary, map_summary, tolerated_rate
 from minicpgd.recipes import save_config
 from minicpgd.training import Callbacks
+from minicpgd.training.run_folder import resolved
 
 KILLS = int(os.environ.get("MINICPGD_KILLS", "1"))
 SECONDS = 600  # A process has this long to end. On an idle machine it takes less than one.
@@ -246,6 +258,39 @@ def test_window_means_agree_with_those_by_hand():
         window_means([1.0] * 9)
 
 
+def test_the_run_of_a_model_with_a_relative_path_is_found_again(tmp_path, monkeypatch):
+    """Its config.json has the absolute path."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "run"):
+        (tmp_path / folder).mkdir()
+    config = TrainConfig(model="mine", output_dir="run")
+    save_config(config.folder / "config.json", resolved(config))
+    _check_same(config)
+    with pytest.raises(UserError, match="its defaults are not today's"):
+        _check_same(replace(config, model="embedded"))
+
+
+def test_a_fall_is_a_mean_of_ten_rewards_below_half_of_the_best_before():
+    assert math.isnan(first_fall([0.2] * 10 + [1.0] * 10))
+    assert first_fall([1.0] * 12 + [0.01] * 5 + [0.0] * 5) == 18  # Six of the last ten are small.
+    assert first_fall([1.0] * 12 + [0.01] * 5 + [0.0] * 5 + [1.0] * 20) == 18  # It recovers.
+    assert math.isnan(first_fall([1.0] * 10 + [0.51] * 30))
+
+
+@pytest.mark.parametrize("study", [endurance_study, stabilisers_study])
+def test_a_remedy_has_its_name_after_a_round_trip_through_a_file(study, tmp_path):
+    """Columns that a part does not set are empty in the table."""
+    parts = [study().runs(part, pd.DataFrame(), tmp_path).drop(columns="config") for part in study().parts]
+    pd.concat(parts).to_csv(tmp_path / "study.csv", index=False)
+    names = remedy_names(pd.read_csv(tmp_path / "study.csv"))
+    wanted = {"endurance": {*ENDURING, *FIGURE_1, *REUSED}, "stabilisers": {*ON_THE_MAP}}
+    assert set(names) == wanted[study().name]
+    for name, settings in REMEDIES.items():
+        rows = pd.concat(parts)[(names == name).to_numpy()]
+        for column, value in settings.items() if len(rows) else ():
+            assert rows[column].isna().all() if value is None else (rows[column].astype(str) == str(value)).all()
+
+
 def arms(study):
     part = study.parts[0]
     return [{**study.base, **arm} for arm in part.settings(pd.DataFrame())], list(part.seeds)
@@ -264,7 +309,7 @@ def test_the_studies_have_the_settings_that_they_announce(tmp_path):
     for study in (*STUDIES.values(), *QUICK.values()):
         for config in study.runs(study.parts[0], pd.DataFrame(), tmp_path)["config"]:
             assert config.num_responses == 64  # All have rollouts of one size.
-            assert study.name == "default" or config.max_steps == study.base["max_steps"]
+            assert config.max_steps == study.base.get("max_steps", config.max_steps) or study.name == "default"
     names = {c["algorithm"] for c in arms(anatomy_study())[0]}
     assert {"cpgd", "cpg", "pgd", "grpo_drift", "grpo_dual_clip", "grpo_unclipped", "rloo_drift", "grpo"} < names
     assert drift_study().name == "drift"

@@ -38,7 +38,7 @@ from minicpgd.files import versions, write_atomically
 from minicpgd.models.policy import quiet
 from minicpgd.recipes import load_config
 from minicpgd.training.loop import train
-from minicpgd.training.run_folder import read_lines, run_seconds
+from minicpgd.training.run_folder import read_lines, resolved, run_seconds
 
 Settings = dict[str, Any]
 
@@ -182,7 +182,7 @@ def _in_pool(config: TrainConfig, pool: Path) -> TrainConfig:
 def _check_same(config: TrainConfig) -> None:
     """Folder names omit default settings, so compare the stored config with the requested one."""
     path = config.folder / "config.json"
-    if path.exists() and replace(load_config(path), output_dir=config.output_dir) != config:
+    if path.exists() and replace(load_config(path), output_dir=config.output_dir) != resolved(config):
         raise UserError(f"{path}: its defaults are not today's; choose another folder for the study")
 
 
