@@ -33,7 +33,8 @@ from transformers import AutoTokenizer
 from minicpgd import TrainConfig, evaluate, load_run, train
 from minicpgd.cli.progress import Bars
 from minicpgd.experiments.catalogue import row_settings
-from minicpgd.models.policy import EMBEDDED, Policy, quiet
+from minicpgd.models.policy import Policy, quiet
+from minicpgd.models.source import EMBEDDED
 from minicpgd.plots.style import COLOURS, DASHES, styled
 from minicpgd.tasks.task import get_task
 

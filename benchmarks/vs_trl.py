@@ -45,7 +45,8 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from minicpgd import TrainConfig
 from minicpgd.cli.progress import Bars
-from minicpgd.models.policy import EMBEDDED, quiet
+from minicpgd.models.policy import quiet
+from minicpgd.models.source import EMBEDDED
 from minicpgd.tasks.task import load_task
 from minicpgd.training.loop import Callbacks, train
 

@@ -122,7 +122,7 @@ class ModelSettings(Settings):
     """Which model is loaded, and what of it is trained."""
 
     model: str = "embedded"
-    """The embedded model, a local folder, or a name on the model hub."""
+    """The embedded model, a local folder, a GGUF file (with the extra gguf), or a name on the model hub."""
     load_in_4bit: bool = False
     """QLoRA: keep the model's frozen weights in 4-bit (NF4, double quantisation). Needs lora_r and the extra qlora."""
     lora_r: Annotated[int, Range(0, 10**4)] = 0

@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from minicpgd.models.policy import EMBEDDED
+from minicpgd.models import EMBEDDED
 from minicpgd.tasks import get_task
 
 SEED = 0

@@ -19,8 +19,9 @@ from minicpgd.config import ModelSettings, SamplingSettings, TaskSettings
 from minicpgd.models import sampling
 from minicpgd.models.logprobs import num_positions, position_ids, split_network, token_logprobs
 from minicpgd.models.lora import add_adapter
-from minicpgd.models.policy import EMBEDDED, load_policy
+from minicpgd.models.policy import load_policy
 from minicpgd.models.sampling import check_sampler, generate, largest_gap
+from minicpgd.models.source import EMBEDDED
 from minicpgd.training import export
 
 SIZES = {

@@ -29,8 +29,9 @@ from minicpgd.config import ModelSettings, SamplingSettings, TrainConfig
 from minicpgd.errors import ConfigError, NonFiniteError
 from minicpgd.models.logprobs import logp_and_entropy, position_ids, token_logprobs
 from minicpgd.models.lora import add_adapter
-from minicpgd.models.policy import EMBEDDED, Policy, load_policy
+from minicpgd.models.policy import Policy, load_policy
 from minicpgd.models.sampling import cache_argument, generate
+from minicpgd.models.source import EMBEDDED
 from minicpgd.tasks import get_task
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional
 
 from minicpgd.cli.flags import Flag
-from minicpgd.cli.progress import console
+from minicpgd.cli.progress import console, say_conversion
 from minicpgd.config import TEMPERATURES, ModelSettings, SamplingSettings, TaskSettings, TrainConfig
 from minicpgd.errors import Range, UserError
 from minicpgd.recipes import load_config
@@ -37,6 +37,7 @@ class _Answers:  # A docstring would be a heading in the help of both commands.
         from minicpgd.training.evaluation import is_run
 
         if not is_run(run_or_model):
+            say_conversion(run_or_model)
             return ModelSettings(run_or_model, load_in_4bit=self.load_in_4bit)
         if self.load_in_4bit:
             raise UserError(f"load_in_4bit: {run_or_model} is a run, which stores its own setting; leave it out")
@@ -62,7 +63,7 @@ def evaluate(
     """Measure a run or a model on held-out problems: greedy and sampled accuracy, pass@k, response length.
 
     Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, or a hub name.
+        run_or_model: a finished run's folder, "embedded", a model folder, a GGUF file, or a hub name.
         num_problems: how many held-out problems.
         num_samples: sampled responses per problem.
     """
@@ -83,7 +84,7 @@ def sample(
     """Show held-out problems with a sampled response each, right ones green and wrong ones red.
 
     Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, or a hub name.
+        run_or_model: a finished run's folder, "embedded", a model folder, a GGUF file, or a hub name.
         num_problems: how many.
         temperature: of the sampling; 0 takes the likeliest token each time.
     """

@@ -152,10 +152,14 @@ def _print_memory(predicted: "Memory") -> None:
 def _whereabouts(name: str, parameters: int) -> str:
     from huggingface_hub import try_to_load_from_cache
 
+    from minicpgd.models.source import gguf_folder, is_gguf
+
     if name == ModelSettings.model:
         return "comes with minicpgd"
     if Path(name).is_dir():
         return "a local folder"
+    if is_gguf(name):
+        return f"training converts it into {gguf_folder(Path(name))}/"
     weights = ("model.safetensors", "model.safetensors.index.json")
     if any(isinstance(try_to_load_from_cache(name, file), str) for file in weights):
         return "in this machine's cache"

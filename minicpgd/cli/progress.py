@@ -5,6 +5,7 @@ In: names and numbers. Out: bars on a terminal; elsewhere a plain line every ten
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +21,14 @@ def text_table(*columns: str, left: Sequence[str] = (), title: str | None = None
     for name in columns:
         table.add_column(name, justify="left" if name in (columns[0], *left) else "right")
     return table
+
+
+def say_conversion(model: str) -> None:
+    """Say that a model is converted now, if it is a GGUF file that has not been converted before."""
+    from minicpgd.models.source import gguf_folder, is_gguf
+
+    if is_gguf(model) and not (folder := gguf_folder(Path(model))).exists():
+        console.print(f"converting {model} into {folder}/, once")
 
 
 class Bars:

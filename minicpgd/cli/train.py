@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minicpgd.cli.flags import Flag, Loop, Model, Objective, Sampling, Task
 from minicpgd.cli.plan import show_plan
-from minicpgd.cli.progress import Bars, console
+from minicpgd.cli.progress import Bars, console, say_conversion
 from minicpgd.config import ModelSettings, TrainConfig
 from minicpgd.recipes import load_recipe
 
@@ -43,6 +43,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
     from minicpgd.models import Policy
     from minicpgd.training.run_folder import resume_command
 
+    say_conversion(config.model)
     if config.model != ModelSettings.model:
         console.print(f"loading {config.model} and the problems of {config.task}; missing files come from the hub")
     reached = 0

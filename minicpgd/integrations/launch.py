@@ -30,7 +30,8 @@ from transformers.utils import logging
 
 from minicpgd.config import ModelSettings
 from minicpgd.errors import UserError, did_you_mean
-from minicpgd.models.policy import check_model_folder, quiet, resolve_model
+from minicpgd.models.policy import quiet
+from minicpgd.models.source import check_model_folder, resolve_model
 from minicpgd.tasks.reward_call import RewardFunction, checked_call, name_of, response_text
 from minicpgd.tasks.rewards import load_reward
 from minicpgd.tasks.task import Task, get_task

@@ -11,20 +11,22 @@ import yaml
 from transformers import AutoConfig, PretrainedConfig
 
 from minicpgd.errors import UserError, describe_error
-from minicpgd.models.policy import NO_CODE, resolve_model
+from minicpgd.models.source import NO_CODE, gguf_config, is_gguf, resolve_model
 
 
 def model_config(name: str) -> PretrainedConfig:
-    """The architecture of a local folder, of a model in `architectures.yaml`, or of a model on the hub.
+    """The architecture of a local folder, of a GGUF file, of a model in `architectures.yaml`, or of a model on the hub.
 
     Raises:
         UserError: none of these has it.
     """
+    if is_gguf(name):
+        return gguf_config(Path(name))
     folder = Path(resolve_model(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            why = "GGUF files cannot be trained; " if list(folder.glob("*.gguf")) else ""
-            raise UserError(f"model = {name!r}: {why}the folder has no config.json")
+            files = [str(path) for path in folder.glob("*.gguf")]
+            raise UserError(f"model = {name!r}: the folder has no config.json{f'; try {files[0]}' if files else ''}")
     elif name in (known := known_architectures()):
         return AutoConfig.for_model(**known[name])
     try:

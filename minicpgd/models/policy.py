@@ -7,7 +7,6 @@ which turns text into token ids. Everything else in the package sees token ids.
 import copy
 import logging as python_logging
 import re
-import shlex
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,6 @@ from minicpgd.config import ModelSettings
 from minicpgd.errors import UserError, describe_error, short_repr
 from minicpgd.models.logprobs import num_positions, without_padding
 from minicpgd.models.lora import (
-    adapter_config,
     add_adapter,
     check_4bit_widths,
     disable_cpu_repacking,
@@ -37,11 +35,10 @@ from minicpgd.models.lora import (
     set_4bit_dtype,
 )
 from minicpgd.models.precision import checkpoint_layers, choose_dtype, disable_dropout
+from minicpgd.models.source import NO_CODE, check_model_folder, resolve_model, why_not
 from minicpgd.tasks.data_files import Prompt
 
-EMBEDDED = Path(__file__).parent / "embedded"
 _DATE = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")  # A template asks for today.
-NO_CODE = {"trust_remote_code": False}  # With None, transformers would ask on the terminal about a model's own code.
 
 
 def quiet() -> None:
@@ -191,8 +188,8 @@ def load_policy(
     """Load a policy, on the GPU where there is one.
 
     Args:
-        model: "embedded" (no download), a folder with config, weights and tokenizer, or a name on the model hub; or the
-            settings of one, such as a `TrainConfig`.
+        model: "embedded" (no download), a folder with config, weights and tokenizer, a GGUF file, or a name on the
+            model hub; or the settings of one, such as a `TrainConfig`.
         with_reference: also keep what `Policy.reference` yields; without an adapter that is a frozen copy.
         adapter: a folder with a saved adapter, to use on the model in place of a new one. It is frozen.
 
@@ -216,7 +213,7 @@ def load_policy(
     except UserError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds.
-        raise UserError(_why_not(settings.model, settings.attn_implementation, error)) from error
+        raise UserError(why_not(settings.model, settings.attn_implementation, error)) from error
     _check_vocabulary(settings.model, tokenizer, network)
     disable_cpu_repacking(network)
     check_4bit_widths(network)
@@ -250,29 +247,6 @@ def _from_safetensors(source: str, attn_implementation: str, **loading: Any) -> 
     return tokenizer, model
 
 
-def resolve_model(name: str) -> str:
-    """The folder of the embedded model for "embedded"; every other name as it is."""
-    return str(EMBEDDED) if name == "embedded" else name
-
-
-def check_model_folder(source: str, name: str) -> None:
-    """Check the folder `source`, which the user calls `name`, before transformers does: its messages are long.
-
-    Raises:
-        UserError: the folder does not exist, or has no config, weights or tokenizer.
-    """
-    folder = Path(source)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = str(adapter_config(source).get("base_model_name_or_path", "BASE"))
-        command = shlex.join(["minicpgd", "train", "--model", base, "--adapter", name])
-        raise UserError(f"model = {name!r}: it is an adapter; `{command}` starts from it")
-    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
-        raise UserError(f"model = {name!r}: there is no such folder")  # Do not ask a hub for a mistyped path.
-    for pattern, content in (("config.json", "config"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
-        if folder.is_dir() and not list(folder.glob(pattern)):
-            raise UserError(f"model = {name!r}: the folder has no {content}; {pattern} is needed")
-
-
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Check that every token has an embedding, and that a response can end."""
     largest, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
@@ -284,17 +258,3 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreT
     if not len(Policy(model, tokenizer).eos_ids):
         reason = "neither its tokenizer nor its generation config names an end-of-sequence token"
         raise UserError(f"model = {name!r}: {reason}; add eos_token_id to generation_config.json")
-
-
-def _why_not(name: str, attn_implementation: str, error: Exception) -> str:
-    """One line that says why a model could not be loaded."""
-    first_line = next(iter(str(error).strip().splitlines()), "").strip()
-    if attn_implementation != "auto" and "attention" in first_line.lower():
-        return f"attn_implementation = {attn_implementation!r}: {first_line} auto chooses one that is installed"
-    if "custom code" in first_line:
-        return f"model = {name!r}: it needs Python code of its own, which is never run here; choose another model"
-    if Path(resolve_model(name)).is_dir():
-        return f"model = {name!r}: cannot be loaded: {first_line}"
-    reason = "neither a local folder nor in this machine's cache, and the hub does not answer or does not have it"
-    download = f"`hf download {name} --local-dir {Path(name).name}`, then `--model {Path(name).name}`"
-    return f"model = {name!r}: {reason}. With a network: {download} ({first_line})"

@@ -21,8 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minicpgd.models.policy import EMBEDDED, Policy
+from minicpgd.models.policy import Policy
 from minicpgd.models.sampling import generate
+from minicpgd.models.source import EMBEDDED
 from minicpgd.tasks.task import get_task
 
 CHARACTERS = "0123456789+-*=,#"

@@ -19,6 +19,7 @@ from minicpgd.config import TrainConfig
 from minicpgd.errors import NonFiniteError, UserError, is_out_of_memory
 from minicpgd.models.policy import Policy
 from minicpgd.models.sampling import check_sampler
+from minicpgd.models.source import is_gguf, resolve_model
 from minicpgd.training.checkpoint import load_checkpoint, remove_newer, restore, save_checkpoint
 from minicpgd.training.run_folder import RunFolder, refuse_existing, resolved, resume_command, stored_config
 from minicpgd.training.step import Learner
@@ -47,6 +48,8 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
         UserError: something cannot be loaded, resumed or written, a reward fails, or a new run's folder exists.
         NonFiniteError: a logit, loss or gradient is not finite; the newest checkpoint is from before that.
     """
+    if is_gguf(config.model):
+        config = replace(config, model=resolve_model(config.model))
     config = resolved(config)
     if resume:
         config = replace(config, chat_date=config.chat_date or stored_config(config.folder).chat_date)
