@@ -208,7 +208,11 @@ def test_only_a_card_has_memory_that_is_assumed():
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("nobody/nothing", "hf download nobody/nothing config.json"), ("{empty}", "no config.json"), ("{gguf}", r"try \S+model-q4\.gguf")],
+    [
+        ("nobody/nothing", "hf download nobody/nothing config.json"),
+        ("{empty}", "no config.json"),
+        ("{gguf}", r"try \S+model-q4\.gguf"),
+    ],
 )
 def test_an_unknown_model_is_one_line(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
