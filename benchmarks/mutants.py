@@ -56,7 +56,8 @@ TESTS = {  # The quick tests come first, because the first failure ends the test
     "algorithms/divergence": "test_divergence.py",
     "algorithms/advantages": "test_remedies.py::test_groups_whose_mean_reward_lies_outside_are_left_out "
     "test_advantages.py",
-    "algorithms/surrogates": "test_gradients.py",
+    "algorithms/surrogates": "test_structure.py::test_the_choices_of_a_setting_are_the_keys_of_its_table "
+    "test_gradients.py",
     "algorithms/aggregation": "test_remedies.py::test_all_tokens_of_a_prompts_responses_share_one_mean "
     "test_gradients.py",
     "algorithms/loss": "test_remedies.py::test_a_line_warns_where_runs_decayed "

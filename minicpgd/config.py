@@ -107,9 +107,9 @@ class TaskSettings(Settings):
     """Which problems are solved, and how a response is rewarded."""
 
     task: str = "chain_arithmetic"
-    """Where problems come from: chain_arithmetic, gsm8k, or jsonl, which is any file with `prompt` and `answer`."""
+    """Where problems come from: chain_arithmetic, gsm8k, reasoning_gym, or jsonl: any file of `prompt` and `answer`."""
     data: str | None = None
-    """A file (.jsonl, .json, .parquet), or a folder with train and test files. None: gsm8k comes from the hub."""
+    """A file (.jsonl, .json, .parquet), a folder with train and test files, or reasoning_gym's task, as chain_sum."""
     instruction: str | None = None
     """Added below each problem. None: the task's own."""
     reward: str | None = None

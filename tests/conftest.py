@@ -9,6 +9,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # Small batches gain nothing from more thre
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minicpgd import ALGORITHMS, LossSettings, TrainConfig
 from minicpgd.models.policy import load_policy, quiet
@@ -100,3 +102,17 @@ def small(tmp_path):
         return TrainConfig(output_dir=str(tmp_path / name), **(SMALL | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    """The folder of a tiny random model that reads any text, a byte at a time."""
+    folder = tmp_path_factory.mktemp("text_model")
+    vocabulary = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(vocabulary), eos_token_id=256)).save_pretrained(folder)
+    return folder

@@ -8,9 +8,9 @@ from answer_pairs import KINDS, RESPONSES
 from conftest import load_script
 
 from minicpgd.tasks import answers
-from minicpgd.tasks.answer_kinds import NOT_UNITS, UNITS, judge
 from minicpgd.tasks.answers import RULES, is_solution, reference_answer, stated_answer, tidy
-from minicpgd.tasks.math_answers import LONGEST
+from minicpgd.tasks.answers.kinds import NOT_UNITS, UNITS, judge
+from minicpgd.tasks.answers.mathematics import LONGEST
 
 PAIRS = [
     (kind.name, *pair, same) for kind in KINDS for same in (True, False) for pair in (kind.different, kind.equal)[same]

@@ -26,9 +26,8 @@ from minicpgd.tasks import (
     is_solution,
     jsonl,
     load_reward,
-    math_answers,
 )
-from minicpgd.tasks.answers import boxes, plain, reference_answer, stated_answer
+from minicpgd.tasks.answers import boxes, mathematics, plain, reference_answer, stated_answer
 from minicpgd.tasks.chain_arithmetic import is_held_out
 from minicpgd.tasks.data_files import find_files, read_files
 from minicpgd.tasks.rewards import exact, one_box
@@ -49,12 +48,12 @@ def chains(number, seed=0):
 
 @pytest.fixture
 def a_new_judge(monkeypatch):
-    """The second process of `math_answers`, and its cache of answers, as in a program that has just begun."""
-    math_answers.same_value.cache_clear()
-    judge = math_answers._Judge()
-    monkeypatch.setattr(math_answers, "_judge", judge)
+    """The second process of `mathematics`, and its cache of answers, as in a program that has just begun."""
+    mathematics.same_value.cache_clear()
+    judge = mathematics._Judge()
+    monkeypatch.setattr(mathematics, "_judge", judge)
     yield judge
-    math_answers.same_value.cache_clear()
+    mathematics.same_value.cache_clear()
     if judge._process:
         judge._process.kill()
         judge._process.wait()
@@ -197,7 +196,7 @@ HOSTILE = [
 
 
 def test_hostile_answers_are_wrong_and_do_not_take_long(a_new_judge, monkeypatch):
-    monkeypatch.setattr(math_answers, "SECONDS", 0.3)
+    monkeypatch.setattr(mathematics, "SECONDS", 0.3)
     for n, answer in enumerate(HOSTILE, start=2):
         started = time.perf_counter()
         assert is_solution(rf"\boxed{{{answer}}}", "72") is False, answer[:40]
@@ -326,7 +325,8 @@ def test_one_name_alone_is_the_function_itself(mine):
     [
         (
             "mth",
-            r"there is no reward 'mth'; did you mean 'math'\? choose from exact, math, format, or .*module:function",
+            r"there is no reward 'mth'; did you mean 'math'\? choose from exact, "
+            "math, last_number, number_in_text, format, or .*module:function",
         ),
         ("math + fromat", r"reward = 'math \+ fromat': there is no reward 'fromat'; did you mean 'format'\?"),
         ("math +", "there is no reward ''; choose from"),
@@ -548,7 +548,7 @@ def test_a_task_has_a_reward_and_describes_its_data(tmp_path):
     assert describe_data(TrainConfig(task="gsm8k")) == "openai/gsm8k from the hub, its train and test splits"
     with pytest.raises(ConfigError, match="there is no such task; choose from chain_arithmetic, gsm8k, jsonl"):
         describe_data(TrainConfig(task="gsm"))
-    assert list(TASKS) == ["chain_arithmetic", "gsm8k", "jsonl"]
+    assert list(TASKS) == ["chain_arithmetic", "gsm8k", "jsonl", "reasoning_gym"]
 
 
 # GSM8K ---------------------------------------------------------------------------------------------------------------

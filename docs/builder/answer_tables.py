@@ -1,6 +1,6 @@
 """The generated part of docs/rewards.md: which answers are equal, with examples.
 
-In: the pairs of tests/answer_pairs.py, which the tests run, and RULES of minicpgd/tasks/answers.py. Out: Markdown.
+In: the pairs of tests/answer_pairs.py, which the tests run, and RULES of tasks/answers/stated.py. Out: Markdown.
 """
 
 import importlib.util

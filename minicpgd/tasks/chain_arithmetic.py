@@ -51,9 +51,9 @@ def make_problem(rng: random.Random) -> dict[str, str]:
     return {"prompt": prompt, "answer": str(value), "worked": f"{steps}#{value}"}
 
 
-def is_held_out(prompt: str) -> bool:
+def is_held_out(prompt: str, one_in: int = 16) -> bool:
     """One prompt in 16 is never trained on. A checksum of the prompt decides which, so nobody has to keep a list."""
-    return zlib.crc32(prompt.encode()) % 16 == 0
+    return zlib.crc32(prompt.encode()) % one_in == 0
 
 
 @cache  # Every evaluation asks for the same ones, and making 256 takes a tenth of a second.

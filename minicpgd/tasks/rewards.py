@@ -14,9 +14,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
-from minicpgd.errors import ConfigError, describe_error, did_you_mean
+from minicpgd.errors import ConfigError, describe_error, did_you_mean, short_repr
 from minicpgd.tasks.answers import (
     answer_text,
     boxes,
@@ -29,6 +30,7 @@ from minicpgd.tasks.answers import (
 )
 from minicpgd.tasks.reward_call import RewardFunction, checked_call, name_of, response_text
 
+_NUMBER = re.compile(r"(?<![\w.)])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<=[-+−])\d+(?:\.\d+)?")
 _AFTER_BOX = re.compile(r"(?:[\s.,$*]|\\\]|\\\))*")  # the end of a sentence or of a formula
 
 
@@ -62,7 +64,42 @@ def one_box(prompts: Sequence, completions: Sequence, **_: Any) -> list[float]:
     return [float(ends_in_one_box(response_text(completion))) for completion in completions]
 
 
-REWARDS: dict[str, RewardFunction] = {"exact": exact, "math": mathematical, "format": one_box}
+def numbers(text: str) -> list[Fraction]:
+    """The numbers in a text, as 1,234.5 and -3. In 5-3 the minus is an operation, so the numbers are 5 and 3."""
+    return [Fraction(found.replace(",", "").replace("−", "-")) for found in _NUMBER.findall(text)]
+
+
+def last_number(prompts: Sequence, completions: Sequence, answer: Sequence, **_: Any) -> list[float]:
+    """1.0 where the last number in a response is the reference; else 0.0. For models that state no answer.
+
+    Raises:
+        ValueError: a reference is not one number.
+    """
+    found = [numbers(response_text(completion)) for completion in completions]
+    return [float(ns[-1:] == [_one_number(a)]) for ns, a in zip(found, answer, strict=True)]
+
+
+def number_in_text(prompts: Sequence, completions: Sequence, answer: Sequence, **_: Any) -> list[float]:
+    """1.0 where any number in a response is the reference; else 0.0. A policy may learn to list many numbers.
+
+    Raises:
+        ValueError: a reference is not one number.
+    """
+    found = [numbers(response_text(completion)) for completion in completions]
+    return [float(_one_number(a) in ns) for ns, a in zip(found, answer, strict=True)]
+
+
+def _one_number(answer: Any) -> Fraction:
+    reference = reference_answer(answer_text(answer))
+    if len(found := numbers(reference)) != 1:
+        raise ValueError(f"answer = {short_repr(reference)}: one number is needed; math judges other answers")
+    return found[0]
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "exact": exact, "math": mathematical, "last_number": last_number, "number_in_text": number_in_text,
+    "format": one_box,
+}  # fmt: skip
 
 
 def load_reward(text: str) -> RewardFunction:

@@ -12,6 +12,7 @@ from minicpgd.config import TaskSettings
 from minicpgd.errors import ConfigError
 from minicpgd.tasks.chain_arithmetic import ChainArithmetic
 from minicpgd.tasks.jsonl import Gsm8k, Jsonl, Rows
+from minicpgd.tasks.procedural import ReasoningGym
 from minicpgd.tasks.rewards import RewardFunction
 
 
@@ -36,7 +37,9 @@ class Task(Protocol):
         """Whether a response counts as right in the accuracy. The reward of a run may differ."""
 
 
-TASKS: dict[str, type[Task]] = {"chain_arithmetic": ChainArithmetic, "gsm8k": Gsm8k, "jsonl": Jsonl}
+TASKS: dict[str, type[Task]] = {
+    "chain_arithmetic": ChainArithmetic, "gsm8k": Gsm8k, "jsonl": Jsonl, "reasoning_gym": ReasoningGym
+}  # fmt: skip
 
 
 def load_task(settings: TaskSettings) -> Task:

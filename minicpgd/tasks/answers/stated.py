@@ -1,8 +1,8 @@
 r"""Answers: which one a response states, and whether it equals the reference.
 
 In: a response and a reference. Out: the stated answer, and a verdict. The page docs/rewards.md has examples. RULES
-turn the spellings of an answer into one. `answer_kinds.py` then judges what is no formula, as words, units and dates.
-Formulas remain, and `math_answers.py` compares their values.
+turn the spellings of an answer into one. `kinds.py` then judges what is no formula, as words, units and dates.
+Formulas remain, and `mathematics.py` compares their values.
 """
 
 import math
@@ -15,8 +15,8 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from minicpgd.errors import MissingPackageError, short_repr
-from minicpgd.tasks.answer_kinds import judge
-from minicpgd.tasks.math_answers import LONGEST, UnavailableError, same_value
+from minicpgd.tasks.answers.kinds import judge
+from minicpgd.tasks.answers.mathematics import LONGEST, UnavailableError, same_value
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` skips `\{` and `\}`, which are characters in LaTeX.
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
