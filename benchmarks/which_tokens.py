@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -81,7 +80,7 @@ def token_study(seeds: Sequence[int] = range(100, 105), max_steps: int = 300, qu
     reused: Settings = {"max_steps": min(20, max_steps), "num_iterations": 16, "eval_steps": 5, "logging_steps": 5}
 
     def few(names: Sequence[str], **settings: object) -> list[Settings]:
-        return [arm(name, **settings) for name in names]
+        return [arm(name, **settings, max_steps=max_steps) for name in names]
 
     def no_drift(**settings: object) -> Settings:
         # Its runs are those of the study `default`. The summary reads as many of their rollouts as the others have.
@@ -94,12 +93,12 @@ def token_study(seeds: Sequence[int] = range(100, 105), max_steps: int = 300, qu
         "K = 4, second model": few(("cpg", *three), learning_rate=2e-4, model=str(SECOND_MODEL)),
         "K = 64, 1e-4": [arm(name, learning_rate=1e-4) | reused for name in all_rows],
         "other clip": [
-            arm(name, learning_rate=2e-4, epsilon=epsilon)
-            for epsilon, name in product((0.1, 0.4, 0.8), ("cpg", "cpgd"))
+            setting
+            for epsilon in (0.1, 0.4, 0.8)
+            for setting in few(("cpg", "cpgd"), learning_rate=2e-4, epsilon=epsilon)
         ],
     }
-    base: Settings = {"max_steps": max_steps, "num_prompts": 8, "num_generations": 8, "eval_steps": 10}
-    base |= {"logging_steps": 50, "save_steps": 100}
+    base: Settings = {"num_prompts": 8, "num_generations": 8, "eval_steps": 10, "logging_steps": 50, "save_steps": 100}
     parts = [Part(name, seeds, lambda _, grid=grid: grid) for name, grid in grids.items()]
     asks = "Which part of the drift destroys a policy at K = 4, and protects one at K = 64?"
     return TokenStudy("which_tokens", asks, base, parts, quick=quick, log_every=10)
@@ -129,7 +128,7 @@ def clip_summary(folder: Path = RESULTS) -> pd.DataFrame:
     table = late(folder)
     table = table[(table["part"].isin(["other clip", "K = 4, 2e-4"])) & table["algorithm"].isin(["cpg", "cpgd"])]
     names = table["algorithm"].map({"cpg": "no drift", "cpgd": "drift on every token"})
-    cells = table.groupby([table["epsilon"], names], sort=True)["late"].apply(mean_text).unstack()
+    cells = table.groupby([table["epsilon"].fillna(0.2), names], sort=True)["late"].apply(mean_text).unstack()
     return cells.reset_index().rename(columns={"epsilon": "ε"})
 
 

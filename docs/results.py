@@ -180,6 +180,22 @@ def long_run() -> pd.DataFrame:
     return summary(pd.read_csv(RESULTS))
 
 
+def which_tokens() -> pd.DataFrame:
+    """Accuracy for each part of the drift, in each setting."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from which_tokens import parts_summary
+
+    return parts_summary()
+
+
+def which_clip() -> pd.DataFrame:
+    """Accuracy with and without the drift, for each epsilon."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from which_tokens import clip_summary
+
+    return clip_summary()
+
+
 def mutants() -> pd.DataFrame:
     """For each file: how many mutants there were, and how many of them a test detected."""
     return pd.read_csv(ROOT / "benchmarks" / "results" / "mutants.csv", dtype=str)
@@ -271,7 +287,9 @@ def _demo_timings(name: str) -> Traces:
     return Traces(table[well], table[list(fell)], pd.Series(fell), drift)
 
 
-_MEASURED = (made, merging, memory, generation, collapse_in_trl, vs_trl, faults, long_run, mutants)
+_MEASURED = (
+    made, merging, memory, generation, collapse_in_trl, vs_trl, faults, long_run, which_tokens, which_clip, mutants
+)  # fmt: skip
 BENCHMARKS = {function.__name__: function for function in _MEASURED}
 TABLES = BENCHMARKS | {"metrics": metric_summary}
 

@@ -9,7 +9,7 @@ rule in words; it was committed before the runs that decide.
 3. Two shares are equal if they differ by less than 0.05. Then the candidate that stands first in `CANDIDATES` wins.
 
 The study saves runs: a candidate that collapses with the first seed of 1 (the part `screen`) is left out of the rest,
-and only the candidate that wins by 2 and 3 makes all long runs. They have rollouts of 8 x 8 responses so far.
+and only the candidate that wins by 2 and 3 makes all long runs, with rollouts of 8 x 8 and of 16 x 16 responses.
 """
 
 from collections.abc import Sequence
@@ -65,15 +65,12 @@ def is_admitted(collapsed: pd.Series, shares: pd.Series) -> bool:
 
 def default_study(
     seeds: Sequence[int] = range(100, 105),
-    sizes: Sequence[int] = (8,),
+    sizes: Sequence[int] = (8, 16),
     rates: Sequence[float] = (1e-4, 2e-4),
     map_rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3),
     max_steps: int = 500,
 ) -> Study:
-    """The study. A rollout of size n has n problems and n responses to each; the map and K = 64 have size 8.
-
-    The rule also asks for long runs of size 16. They would take three more core-hours, and are not complete yet.
-    """
+    """The study. A rollout of size n has n problems and n responses to each; the map and K = 64 have size 8."""
     long: Settings = {"max_steps": max_steps, "eval_steps": 10, "logging_steps": 50, "save_steps": 100}
 
     def long_runs(names: Sequence[str], of_sizes: Sequence[int]) -> list[Settings]:
