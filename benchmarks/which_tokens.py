@@ -1,6 +1,6 @@
 """Which part of the drift destroys a policy at K = 4, and protects one at K = 64?
 
-    python benchmarks/which_tokens.py            # 230 runs, hours on two cores; you may stop and repeat it
+    python benchmarks/which_tokens.py            # 150 runs, hours on two cores; you may stop and repeat it
     python benchmarks/which_tokens.py --quick    # a trial with one seed and few rollouts; writes to runs/
 
 Each row below is CPGD with a drift of weight 1 that acts on some tokens only. The rows are not in the package's table:

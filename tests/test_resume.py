@@ -20,11 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from minicpgd import UserError, load_run, train
+from minicpgd import UserError, evaluate, load_run, train
 from minicpgd.cli.main import main
 from minicpgd.files import write_atomically
 from minicpgd.training import Callbacks, Learner
 from minicpgd.training.checkpoint import load_checkpoint, restore, save_checkpoint
+from minicpgd.training.export import export
 
 FLAGS = (
     "--max-steps 12 --num-prompts 2 --num-generations 4 --num-minibatches 2 --num-iterations 2 --eval-steps 5 "
@@ -266,6 +267,27 @@ def test_a_longer_run_is_the_same_run(small):
         assert (folder / name).read_bytes() == (long / name).read_bytes()
 
 
+def test_a_stopped_run_is_evaluated_at_its_newest_checkpoint_and_may_be_ended_there(small):
+    whole = train(small("whole", max_steps=4, eval_steps=1, save_steps=2))
+    folder = train(small(max_steps=6, eval_steps=1, save_steps=2), callbacks=stop_at(4))
+    assert not (folder / "model").exists()
+    assert evaluate(folder, num_problems=16) == evaluate(whole, num_problems=16)
+    train(small(max_steps=4, eval_steps=1, save_steps=2), resume=True)
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_adapter_of_a_stopped_run_can_be_exported(small, tmp_path):
+    settings = {"lora_r": 4, "learning_rate": 1e-2, "save_steps": 1}
+    folder = train(small(max_steps=6, **settings), callbacks=stop_at(2))
+    before = sorted(folder.rglob("*"))
+    report = export(folder, tmp_path / "exported", num_problems=16)
+    assert report.same_answers == 1
+    assert report.rounding < 1e-3
+    assert sorted(folder.rglob("*")) == before
+    assert evaluate(tmp_path / "exported", num_problems=16)["accuracy"] == report.accuracy_trained
+
+
 def test_a_longer_run_that_is_stopped_says_that_it_was_stopped(small, monkeypatch, capsys):
     """Its folder model/ exists since the first time, but the run is not done."""
     folder = train(small(max_steps=2))
@@ -288,7 +310,7 @@ def test_a_resume_with_other_settings_names_them(small):
     train(small())
     with pytest.raises(UserError, match=r"seed was 0, is 3; learning_rate was 0.0001, is 0.5"):
         train(small(learning_rate=0.5, seed=3), resume=True)
-    with pytest.raises(UserError, match=r"max_steps was 3, is 2"):
+    with pytest.raises(UserError, match=r"with max_steps = 2: step 3 is made already"):
         train(small(max_steps=2), resume=True)
 
 

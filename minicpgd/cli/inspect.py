@@ -1,4 +1,4 @@
-"""Commands for a finished run or a model: `evaluate`, `sample`, `export`, `plot`."""
+"""Commands for a run or a model: `evaluate`, `sample`, `export`, `plot`."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -41,6 +41,8 @@ class _Answers:  # A docstring would be a heading in the help of both commands.
             return ModelSettings(run_or_model, load_in_4bit=self.load_in_4bit)
         if self.load_in_4bit:
             raise UserError(f"load_in_4bit: {run_or_model} is a run, which stores its own setting; leave it out")
+        if not Path(run_or_model, load_config(Path(run_or_model, "config.json")).weights_folder).is_dir():
+            console.print(f"{run_or_model} has not finished; these are its weights at the newest checkpoint")
         return run_or_model
 
     def problems(self, run_or_model: str) -> TaskSettings:
@@ -63,7 +65,7 @@ def evaluate(
     """Measure a run or a model on held-out problems: greedy and sampled accuracy, pass@k, response length.
 
     Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, a GGUF file, or a hub name.
+        run_or_model: a run's folder, "embedded", a model folder, a GGUF file, or a hub name.
         num_problems: how many held-out problems.
         num_samples: sampled responses per problem.
     """
@@ -84,7 +86,7 @@ def sample(
     """Show held-out problems with a sampled response each, right ones green and wrong ones red.
 
     Args:
-        run_or_model: a finished run's folder, "embedded", a model folder, a GGUF file, or a hub name.
+        run_or_model: a run's folder, "embedded", a model folder, a GGUF file, or a hub name.
         num_problems: how many.
         temperature: of the sampling; 0 takes the likeliest token each time.
     """
@@ -118,7 +120,7 @@ def export(
     """Merge a run's adapter into its model, in full precision, and say how far the result is from the run.
 
     Args:
-        run: a finished run with an adapter.
+        run: a run with an adapter.
         folder: where the model goes; by default the run's folder, under exported.
         base: the weights to add to. dequantised: those the run saw, rounded to 4 bit and written out in full; the
             result answers as the run did. full: those published, for which the adapter was not made.

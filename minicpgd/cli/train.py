@@ -23,7 +23,8 @@ def train(
     """Train a policy on one GPU or the CPU, and leave a run's folder behind.
 
     Args:
-        resume: continue this run, bit for bit, from its newest intact checkpoint. Only --max-steps may be changed.
+        resume: continue this run, bit for bit, from its newest intact checkpoint. Only --max-steps may be
+            changed; a smaller one ends the run early.
         recipe: settings for a real model on a real card, by name (see docs/qlora.md), or a YAML file of your own. Other
             flags override it.
         dry_run: say what the run would do and need, and do nothing.

@@ -94,10 +94,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         UserError: the checkpoint is not of this model and this optimizer; nothing was changed.
     """
     _check_fits(checkpoint, model, optimizer)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(checkpoint.tensors[f"model.{name}"])
+    restore_weights(checkpoint, model)
     state: dict[int, dict[str, Any]] = {}
     for key, value in checkpoint.tensors.items():
         if key.startswith("optimizer."):
@@ -105,6 +102,14 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
             is_int = value.dtype == torch.int64 and value.dim() == 0  # bitsandbytes counts its steps with an int.
             state.setdefault(int(i), {})[name] = value.item() if is_int else value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Copy the trained weights back into a model that was loaded with the run's settings."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(checkpoint.tensors[f"model.{name}"])
 
 
 def _check_fits(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -22,6 +22,7 @@ from minicpgd.models.sampling import Rollout, check_sampler, generate
 from minicpgd.recipes import load_config
 from minicpgd.tasks import Task, load_task
 from minicpgd.tasks.rewards import RewardContext, call_reward, load_reward
+from minicpgd.training.checkpoint import load_checkpoint, restore_weights
 from minicpgd.training.metrics import mean_of_numbers
 from minicpgd.training.run_folder import resume_command
 
@@ -56,7 +57,7 @@ def evaluate(
         `reward` names the function. If the run's own task is used, the run's config names it.
 
     Raises:
-        UserError: there is no such model, the run has not finished, or a number is out of range.
+        UserError: there is no such model, the run has no checkpoint yet, or a number is out of range.
     """
     Range(1, MAX_TOKENS).check("num_samples", num_samples)
     policy, config = (run_or_model, TrainConfig()) if isinstance(run_or_model, Policy) else open_policy(run_or_model)
@@ -84,12 +85,13 @@ def is_run(folder: str | Path) -> bool:
 
 
 def open_policy(run_or_model: str | Path | ModelSettings) -> tuple[Policy, TrainConfig]:
-    """The policy of a finished run, with the run's config; or a model, with the default config.
+    """The policy of a run, with the run's config; or a model, with the default config.
 
-    Other models than the embedded one sample at most 64 responses at once.
+    A run that has not finished has the policy of its newest checkpoint. Other models than the embedded one sample at
+    most 64 responses at once.
 
     Raises:
-        UserError: there is no such model, it cannot be sampled from, or the run has not finished.
+        UserError: there is no such model, it cannot be sampled from, or the run has no checkpoint yet.
     """
     if isinstance(run_or_model, ModelSettings) or not is_run(run_or_model):
         model = run_or_model if isinstance(run_or_model, ModelSettings) else ModelSettings(str(run_or_model))
@@ -102,7 +104,12 @@ def open_policy(run_or_model: str | Path | ModelSettings) -> tuple[Policy, Train
     config = load_config(folder / "config.json")
     trained = folder / config.weights_folder
     if not trained.is_dir():
-        raise UserError(f"{folder}: has not finished. Wait for it, or continue it: {resume_command(folder)}")
+        checkpoint = load_checkpoint(folder / "checkpoints", warn=lambda line: None)
+        if checkpoint is None:
+            raise UserError(f"{folder}: has no checkpoint yet. Wait for it, or continue it: {resume_command(folder)}")
+        policy = load_policy(config, with_reference=config.beta > 0)
+        restore_weights(checkpoint, policy.model)
+        return policy, config
     if config.trains_adapter:
         return load_policy(config, with_reference=config.beta > 0, adapter=trained), config
     prompts = {name: getattr(config, name) for name in ("chat_template", "system_prompt", "chat_date")}

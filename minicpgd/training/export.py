@@ -20,6 +20,7 @@ import gc
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from torch import Tensor
@@ -54,7 +55,7 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
     """Merge a run's adapter into its model, save the result in a new folder, and measure the difference.
 
     Raises:
-        UserError: the run trained no adapter or has not finished, the folder exists, or merging changes a token's
+        UserError: the run trained no adapter or has no checkpoint yet, the folder exists, or merging changes a token's
             log-probability by more than MAX_ROUNDING. Nothing is saved then.
     """
     trained, config = open_policy(run)
@@ -70,11 +71,15 @@ def export(run: Path, folder: Path, *, base: Base = "dequantised", num_problems:
     score = partial(answers.score, size=config.micro_batch_size, tokens=config.micro_batch_tokens)
     before = score(trained.model.eval())
     weights = dequantised(trained.peft.get_base_model()) if base == "dequantised" and config.load_in_4bit else {}
-    del trained
-    gc.collect()  # Only this frees a model with an adapter. A card has no room for two models.
-
     in_float32 = replace(config, load_in_4bit=False, beta=0.0, dtype="float32")
-    policy = load_policy(in_float32, adapter=run / config.weights_folder)
+    with TemporaryDirectory() as temporary:
+        adapter = run / config.weights_folder
+        if not adapter.is_dir():  # The run has not finished; this is the adapter of its newest checkpoint.
+            adapter = Path(temporary) / "adapter"
+            trained.save(adapter)
+        del trained
+        gc.collect()  # Only this frees a model with an adapter. A card has no room for two models.
+        policy = load_policy(in_float32, adapter=adapter)
     for name, module in policy.peft.get_base_model().named_modules():
         if name in weights:
             getattr(module, "base_layer", module).weight.data.copy_(weights.pop(name))

@@ -42,7 +42,7 @@ class Callbacks:
 def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = Callbacks()) -> Path:  # noqa: B008 (frozen)
     """Train, from the start or from the newest intact checkpoint of `config.folder`, and return that folder.
 
-    To resume, pass the config that is stored in the run's folder. Its `max_steps` may be larger than the stored one.
+    To resume, pass the config that is stored in the run's folder. Another `max_steps` prolongs the run, or ends it.
 
     Raises:
         UserError: something cannot be loaded, resumed or written, a reward fails, or a new run's folder exists.

@@ -186,7 +186,9 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, config: TrainConfig) -> "RunFolder":
-        """Open the folder of a run that continues. Only `max_steps` (larger) and `output_dir` may differ.
+        """Open the folder of a run that continues. Only `output_dir` and `max_steps` may differ.
+
+        A smaller `max_steps` ends the run early. It may not be below the last step that is logged.
 
         Raises:
             UserError: it is not a run, or another setting changed; the message names the settings.
@@ -195,11 +197,14 @@ class RunFolder:
         stored = stored_config(folder)
         before, now = (asdict(replace(resolved(c), output_dir="", max_steps=1)) for c in (stored, config))
         changed = [f"{name} was {before[name]}, is {now[name]}" for name in before if before[name] != now[name]]
-        if config.max_steps < stored.max_steps:
-            changed.append(f"max_steps was {stored.max_steps}, is {config.max_steps}")
         if changed:
             changes = "; ".join(changed)
-            raise ConfigError(f"cannot resume {folder} with other settings: {changes} (only max_steps may grow)")
+            raise ConfigError(f"cannot resume {folder} with other settings: {changes} (only max_steps may change)")
+        last = max((row["step"] for row in read_lines(folder / "metrics.jsonl")), default=0)
+        if config.max_steps < last:
+            raise ConfigError(
+                f"cannot resume {folder} with max_steps = {config.max_steps}: step {last} is made already"
+            )
         if config.max_steps != stored.max_steps:
             new = replace(stored, max_steps=config.max_steps)
             write_atomically(folder / "config.json", functools.partial(save_config, config=new))
