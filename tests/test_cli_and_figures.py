@@ -19,6 +19,8 @@ from minicpgd.experiments import outcome, run_all
 from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.models import EMBEDDED, load_policy
 from minicpgd.models.pretrain import largest_difference, measure, pretrain
+from minicpgd.plots.runs import _labels
+from minicpgd.training.run_folder import Run
 
 
 @pytest.fixture
@@ -189,6 +191,23 @@ def test_the_figures_show_the_runs(small):
     ratios = plots.ratio_ranges(runs)
     assert [axis.get_title(loc="left") for axis in ratios.axes] == ["CPGD", "GRPO"]
     assert all(axis.get_yscale() == "log" for axis in ratios.axes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ([{}, {"algorithm": "grpo"}], ["CPGD", "GRPO"]),
+        ([{}, {"algorithm": "grpo", "learning_rate": 1e-3}], ["CPGD", "GRPO"]),
+        ([{}, {"learning_rate": 1e-3}], ["CPGD, learning_rate 0.0001", "CPGD, learning_rate 0.001"]),
+        ([{"seed": 3}, {"algorithm": "grpo", "seed": 4}], ["CPGD, seed 3", "GRPO, seed 4"]),
+        ([{}, {"target_kl": None}, {"algorithm": "pg"}], ["CPGD, target_kl 0.003", "CPGD, target_kl None", None]),
+        ([{"model": "/a/x"}, {"model": "/b/y"}], ["CPGD, model x", "CPGD, model y"]),
+        ([{"output_dir": "runs/a"}, {"output_dir": "runs/b", "max_steps": 9}], ["CPGD, a", "CPGD, b"]),
+    ],
+)
+def test_a_line_is_named_by_what_tells_its_run_apart(changes, labels):
+    runs = [Run(TrainConfig(**change), {}, {}) for change in changes]
+    assert [found for found, wanted in zip(_labels(runs), labels, strict=True) if wanted] == list(filter(None, labels))
 
 
 def test_a_run_that_fails_in_its_own_process_raises_its_line_here(small):

@@ -53,8 +53,8 @@ def parameters(node, is_method):
     return names[1:] if is_method and names[:1] in (["self"], ["cls"]) else names
 
 
-def test_the_package_has_at_most_9990_lines():
-    assert sum(map(count_lines, PATHS)) <= 9990
+def test_the_package_has_at_most_10200_lines():
+    assert sum(map(count_lines, PATHS)) <= 10200
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name_of)

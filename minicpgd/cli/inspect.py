@@ -109,7 +109,8 @@ def sample(
         mark, colour = ("right", "green") if ok else ("wrong", "red")
         mark = f"{mark}  reward {rewards[i]:.2f}" if reward is not None else mark
         prompt = problem["prompt"]
-        last = prompt if isinstance(prompt, str) else f"{prompt[-1]['content']}\n"
+        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        last += "\n" * policy.uses_chat_template
         console.print(Text.assemble((mark, colour), f"  {last}", (text, colour)))
     console.print(f"{int(right.sum())} of {len(right)} right")
 

@@ -124,7 +124,7 @@ class Policy:
         Raises:
             UserError: the template fails or is missing, a prompt gives no tokens, or the model has too few positions.
         """
-        templated = self.settings.chat_template and bool(self.tokenizer.chat_template)
+        templated = self.uses_chat_template
         texts = [self._as_chat(prompt) for prompt in prompts] if templated else list(map(self._as_text, prompts))
         rows = self.tokenizer(texts, add_special_tokens=not templated)["input_ids"]
         if not all(rows):
@@ -137,6 +137,11 @@ class Policy:
         ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return ids, mask
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether prompts become conversations."""
+        return self.settings.chat_template and bool(self.tokenizer.chat_template)
 
     @property
     def prints_date(self) -> bool:

@@ -4,6 +4,7 @@ In: run folders. Out: a matplotlib `Figure`.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from minicpgd.plots.style import COLOURS, DASHES, KL, RATIO, ribbon_legend, ribb
 from minicpgd.training.run_folder import Run, load_run
 
 RATIOS = ["ratio_min", "ratio_p01", "ratio_p99", "ratio_max"]
+SILENT = ("output_dir", "chat_date", "max_steps")  # These settings tell no runs apart.
 DRAWN = {"reward", "completion_length", "kl_old", "clip_frac_pos", "clip_frac_neg", *RATIOS}
 
 
@@ -24,6 +26,7 @@ DRAWN = {"reward", "completion_length", "kl_old", "clip_frac_pos", "clip_frac_ne
 def training_curves(runs: Sequence[str | Path]) -> Figure:
     r"""Reward, response length, KL to $\pi_{old}$ and clipped share over the steps of several runs, one line each."""
     loaded = _load(runs)
+    labels = _labels(loaded)
     panels = (
         ("reward", "Reward", "mean reward of a response"),
         ("completion_length", "Response length", "tokens"),
@@ -33,9 +36,8 @@ def training_curves(runs: Sequence[str | Path]) -> Figure:
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     for axis, (metric, title, unit) in zip(axes.flat, panels, strict=True):
-        for (config, metrics, _), colour, dashes in zip(loaded, COLOURS, DASHES, strict=False):
+        for (_, metrics, _), label, colour, dashes in zip(loaded, labels, COLOURS, DASHES, strict=False):
             values = metrics["clip_frac_pos"] + metrics["clip_frac_neg"] if metric == "clip_frac" else metrics[metric]
-            label = display_name(config.algorithm) + _suffix(config.seed, loaded)
             axis.plot(metrics["step"], values, color=colour, linestyle=dashes, label=label)
         axis.set(title=title, ylabel=unit)
         if metric == "kl_old":  # Values differ by orders of magnitude. The exact zeros of K = 1 are not drawn.
@@ -45,8 +47,9 @@ def training_curves(runs: Sequence[str | Path]) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[1]:
         axis.set_xlabel("step (one rollout and its K updates)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(loaded), handlelength=3.2)
+    handles, _ = axes[0, 0].get_legend_handles_labels()
+    columns = min(len(loaded), max(1, 100 // (8 + max(map(len, labels)))))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.2)
     return figure
 
 
@@ -56,12 +59,12 @@ def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
     loaded = _load(runs)
     figure = Figure(figsize=(max(5.0, 2.6 * len(loaded)), 3.6), layout=ConstrainedLayoutEngine(wspace=0.04))
     axes = figure.subplots(1, len(loaded), sharey=True, sharex=True, squeeze=False)[0]
-    for axis, (config, metrics, _), colour in zip(axes, loaded, COLOURS, strict=False):
+    for axis, (config, metrics, _), label, colour in zip(axes, loaded, _labels(loaded), COLOURS, strict=False):
         ratios = [np.maximum(metrics[name], 1e-6) for name in RATIOS]
         row = ALGORITHMS[config.algorithm]
         bounds = row.clip_bounds(config.epsilon, config.epsilon_high) if row.clips else ()
         ribbons(axis, metrics["step"], ratios, colour, bounds)
-        axis.set(title=display_name(config.algorithm) + _suffix(config.seed, loaded), xlabel="step", yscale="log")
+        axis.set(title=label.replace(", ", ",\n"), xlabel="step", yscale="log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes[0].set_ylabel(RATIO)
     figure.legend(handles=ribbon_legend(), loc="outside upper center", ncols=3)
@@ -76,5 +79,20 @@ def _load(runs: Sequence[str | Path]) -> list[Run]:
     return loaded
 
 
-def _suffix(seed: int, runs: Sequence[Run]) -> str:
-    return f", seed {seed}" if len({run.config.seed for run in runs}) > 1 else ""
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """The name of each run's algorithm, and the settings that tell it apart from the other runs of this algorithm."""
+    configs = [{**asdict(run.config), "model": Path(run.config.model).name} for run in runs]
+    labels = []
+    for config in configs:
+        same = [other for other in configs if other["algorithm"] == config["algorithm"]]
+        differing = [name for name in config if len({str(other[name]) for other in same}) > 1 and name not in SILENT]
+        if len({other["seed"] for other in configs}) > 1 and "seed" not in differing:
+            differing.append("seed")
+        labels.append(", ".join([display_name(config["algorithm"]), *(f"{n} {_short(config[n])}" for n in differing)]))
+    alike = {label for label in labels if labels.count(label) > 1}
+    folders = [Path(config["output_dir"]).name for config in configs]
+    return [f"{label}, {at}" if label in alike else label for label, at in zip(labels, folders, strict=True)]
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
