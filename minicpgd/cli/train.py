@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,6 +43,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
     from minicpgd.algorithms import display_name
     from minicpgd.cli.model_card import write_card
     from minicpgd.models import Policy
+    from minicpgd.training.first_look import FirstLook
     from minicpgd.training.run_folder import resume_command
 
     say_conversion(config.model)
@@ -53,11 +55,26 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
         def on_step(step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
             nonlocal reached
             reached = step
+            if step == 1 < config.max_steps:
+                seconds = timings["rollout_seconds"] + timings["update_seconds"]
+                whole = seconds * config.max_steps
+                total = f"{whole / 60:.0f} minutes" if whole > 100 else f"{whole:.0f} seconds"
+                console.print(f"about {seconds:.1f} s a step, {total} in all")
             note = f"reward {metrics['reward']:.2f}  length {metrics['completion_length']:.0f}"
             measure = "accuracy" if config.reward is None else "reward"
             if (value := metrics.get(f"eval_{measure}")) is not None:
                 note += f"  held-out {measure} {value:.2f}"
             bars.update(0, step, note)
+
+        def on_first_look(look: FirstLook) -> None:
+            console.print("\nBefore training, the first held-out problem, as the model sees it:\n")
+            console.print(textwrap.indent(look.prompt, "    "))
+            for name, answer in [("greedy", look.greedy), *(("sampled", answer) for answer in look.samples)]:
+                console.print(f"{name}, reward {answer.reward:.2f}")
+                console.print(textwrap.indent(answer.text, "    "))
+            console.print(f"\n{look.summary}\n")
+            for line in look.warnings:
+                print(f"warning: {line}", file=sys.stderr)
 
         def on_load(policy: Policy) -> None:
             if policy.peft:
@@ -66,6 +83,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
 
         callbacks = training.Callbacks(
             on_load=on_load,
+            on_first_look=on_first_look,
             on_resume=lambda step: console.print(f"continuing after step {step}"),
             on_step=on_step,
             on_warning=lambda line: print(f"warning: {line}", file=sys.stderr),

@@ -21,6 +21,7 @@ from minicpgd.models.policy import Policy
 from minicpgd.models.sampling import check_sampler
 from minicpgd.models.source import is_gguf, resolve_model
 from minicpgd.training.checkpoint import load_checkpoint, remove_newer, restore, save_checkpoint
+from minicpgd.training.first_look import FirstLook
 from minicpgd.training.run_folder import RunFolder, refuse_existing, resolved, resume_command, stored_config
 from minicpgd.training.step import Learner
 
@@ -34,6 +35,7 @@ class Callbacks:
 
     on_load: Callable[[Policy], None] = lambda policy: None
     on_resume: Callable[[int], None] = lambda step: None
+    on_first_look: Callable[[FirstLook], None] = lambda look: None
     on_step: Callable[[int, dict[str, float], dict[str, float]], None] = lambda step, metrics, timings: None
     on_warning: Callable[[str], None] = lambda line: None
     should_stop: Callable[[], bool] = lambda: False
@@ -76,6 +78,8 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
                         f"step {step}: {error}; {last}. "
                         "In a new run, try a smaller learning_rate or fewer num_iterations, or algorithm=cpgd"
                     ) from error
+                if log.look is not None:
+                    callbacks.on_first_look(log.look)
                 stop = callbacks.should_stop()
                 run.append_step(step, log)
                 if step % config.save_steps == 0 or step == config.max_steps or stop:

@@ -20,6 +20,7 @@ from minicpgd.config import TrainConfig
 from minicpgd.models.sampling import Rollout
 from minicpgd.tasks.rewards import RewardContext
 from minicpgd.tasks.task import Task
+from minicpgd.training.first_look import FirstLook
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class StepLog(NamedTuple):
     timings: dict[str, float] = {}  # a line of timings.jsonl: seconds, tokens per second, bytes; empty for step 0
     samples: Sequence[dict] = ()  # lines of samples.jsonl: the responses to the first prompt
     passes: Sequence[dict] = ()  # lines of passes.jsonl: ratios, KL and shares of clipped tokens of each pass
+    look: FirstLook | None = None  # only of step 0
 
 
 def step_metrics(experience: Experience, passes: Sequence[Pass], task: Task, config: TrainConfig) -> dict[str, float]:

@@ -32,6 +32,7 @@ from minicpgd.tasks.rewards import RewardContext, RewardFunction, TrainerState, 
 from minicpgd.tasks.task import Task, load_task
 from minicpgd.training import metrics
 from minicpgd.training.evaluation import respond
+from minicpgd.training.first_look import Answer, FirstLook
 from minicpgd.training.metrics import Experience, Pass, StepLog, Update
 
 
@@ -212,19 +213,39 @@ class Learner:
         return (self.score(rollout) - rollout.logp).exp().clamp(low, high)
 
     def evaluate_before_training(self) -> StepLog:
-        """Step 0: the model before training, on the held-out set."""
-        rollout, right, rewards = self._respond(step=0, greedy=False)
-        return StepLog(metrics.before_training(rollout, rewards, right) | self._evaluate(0))
+        """Step 0: the model before training, on the held-out set.
+
+        A real model answers no more problems here than a rollout has responses, so this takes no longer than a step.
+        """
+        config = self.config
+        few = config.eval_problems if config.model == "embedded" else min(config.eval_problems, config.num_responses)
+        rollout, right, rewards = self._respond(0, few, greedy=False)
+        greedy, greedy_right, greedy_rewards = self._respond(0, few, greedy=True)
+        two, _, two_rewards = self._respond(0, 1, num_samples=2)
+        prompt, mask = self.policy.encode([self.task.held_out(1)[0]["prompt"]])
+        look = FirstLook(
+            prompt=str(self.policy.tokenizer.decode(prompt[mask.bool()])),
+            greedy=Answer(greedy.completions[0], greedy_rewards[0]),
+            samples=[Answer(*pair) for pair in zip(two.completions, two_rewards, strict=True)],
+            rewards=rewards,
+            truncated=rollout.truncated.double().mean().item(),
+            max_completion_length=config.max_completion_length,
+        )
+        values = metrics.before_training(rollout, rewards, right) | _of_greedy(greedy_right, greedy_rewards)
+        return StepLog(values, look=look)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Greedy accuracy, as the task judges it, and greedy reward, by the run's reward function."""
-        _, right, rewards = self._respond(step, greedy=True)
-        return {"eval_accuracy": right.double().mean().item(), "eval_reward": metrics.mean_of_numbers(rewards)}
+        _, right, rewards = self._respond(step, self.config.eval_problems, greedy=True)
+        return _of_greedy(right, rewards)
 
-    def _respond(self, step: int, greedy: bool) -> tuple[Rollout, Tensor, list[float]]:
-        """Answer the held-out problems: the responses, which of them are right, and their rewards."""
-        rollout, right = respond(self.policy, self.task, self.config.eval_problems, self.config, greedy=greedy)
-        problems = self.task.held_out(self.config.eval_problems)
+    def _respond(
+        self, step: int, num_problems: int, *, num_samples: int = 1, greedy: bool = False
+    ) -> tuple[Rollout, Tensor, list[float]]:
+        """Answer held-out problems: the responses, which of them are right, and their rewards."""
+        rollout, right = respond(
+            self.policy, self.task, num_problems, self.config, num_samples=num_samples, greedy=greedy
+        )
+        problems = [row for row in self.task.held_out(num_problems) for _ in range(num_samples)]
         context = RewardContext(rollout.token_ids(), TrainerState(step, self.config.max_steps))
         return rollout, right, call_reward(self.reward, problems, rollout.completions, context=context)
 
@@ -235,3 +256,8 @@ class Learner:
         return rollout.score(
             model, size=size, tokens=c.micro_batch_tokens, temperature=c.temperature, chunk_size=c.chunk_size
         )
+
+
+def _of_greedy(right: Tensor, rewards: list[float]) -> dict[str, float]:
+    """Greedy accuracy, as the task judges it, and greedy reward, by the run's reward function."""
+    return {"eval_accuracy": right.double().mean().item(), "eval_reward": metrics.mean_of_numbers(rewards)}
