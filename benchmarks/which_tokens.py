@@ -54,10 +54,16 @@ def with_drift(where: Where) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor
     return surrogate
 
 
-for _name, (_label, _where) in PARTS_OF_THE_DRIFT.items():  # At import, so that each process of a study has them.
-    ALGORITHMS[_name] = Algorithm(
-        _name, _label, group_centred, inverse_std, with_drift(_where), sequence_mean, False, "which tokens matter"
-    )
+def register() -> None:
+    """Add the rows to the table of this process. They are not there when another program reads the summaries."""
+    for name, (label, where) in PARTS_OF_THE_DRIFT.items():
+        ALGORITHMS[name] = Algorithm(
+            name, label, group_centred, inverse_std, with_drift(where), sequence_mean, False, "which tokens matter"
+        )
+
+
+if __name__ in ("__main__", "__mp_main__"):  # The second is the name in the processes of a study.
+    register()
 
 
 class TokenStudy(Study):

@@ -113,8 +113,8 @@ class TaskSettings(Settings):
     instruction: str | None = None
     """Added below each problem. None: the task's own."""
     reward: str | None = None
-    """The reward of a response: exact, math, format, your own module:function with TRL's signature, or a weighted sum,
-    as 'math + 0.2*format'. None: the task's own."""
+    """The reward of a response: exact, math, last_number, number_in_text, format, your own module:function with TRL's
+    signature, or a weighted sum, as 'math + 0.2*format'. None: the task's own."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import replace
 
@@ -153,9 +154,10 @@ def test_a_run_does_not_overwrite_another(small):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_an_unfinished_run_cannot_be_evaluated(small):
+def test_a_run_without_a_checkpoint_cannot_be_evaluated(small):
     run = train(small(), callbacks=Callbacks(should_stop=lambda: True))
-    with pytest.raises(UserError, match="has not finished"):
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="has no checkpoint yet. Wait for it, or continue it"):
         evaluate(run)
     with pytest.raises(UserError, match="there is no such task; choose from chain_arithmetic"):
         evaluate("embedded", task="chess")
@@ -258,6 +260,7 @@ def test_the_command_that_resumes_a_run_can_be_pasted_into_a_shell(small, refuse
     run = train(config, callbacks=Callbacks(should_stop=lambda: True))
     hint = resume_command(run)
     assert shlex.split(hint.strip("`")) == ["minicpgd", "train", "--resume", str(run)]
+    shutil.rmtree(run / "checkpoints")
     assert hint in refused("evaluate", run)
     with pytest.raises(ConfigError) as caught:
         train(config)

@@ -80,7 +80,7 @@ def test_sample_evaluate_and_plot_show_a_run(small, tmp_path, cli, monkeypatch):
     run = train(small())
     out = cli("evaluate", run, "--num-problems", 16, "--num-samples", 4)
     assert [line.split()[0] for line in out.splitlines()] == [
-        "accuracy", "sampled_accuracy", "pass@1", "pass@2", "pass@4", "completion_length",
+        "problems", "accuracy", "sampled_accuracy", "pass@1", "pass@2", "pass@4", "completion_length",
     ]  # fmt: skip
     cli("plot", run, "--out", tmp_path / "figures")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"curves.png", "ratios.png"}

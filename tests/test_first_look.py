@@ -10,16 +10,16 @@ from minicpgd.training.first_look import Answer, FirstLook
 from minicpgd.training.run_folder import read_lines
 
 
-def look(rewards, truncated=0.0):
-    return FirstLook("1+1=", Answer("2", 1.0), [Answer("3", 0.0)] * 2, rewards, truncated, 20)
+def look(rewards, truncated=0.0, best_greedy=0.0):
+    return FirstLook("1+1=", Answer("2", 1.0), [Answer("3", 0.0)] * 2, best_greedy, rewards, truncated, 20)
 
 
 @pytest.mark.parametrize(
     ("rewards", "truncated", "found"),
     [
-        ([0.0] * 40, 0.1, ["no sampled answer had a reward, so nothing can be learned; try easier problems"]),
+        ([0.0] * 40, 0.1, ["while none has, nothing is learned; try easier problems"]),
         ([0.0] * 40, 0.9, ["most were cut off: try a longer --max-completion-length than 20"]),
-        ([math.nan] * 40, 0.0, ["no sampled answer had a reward"]),
+        ([math.nan] * 40, 0.0, ["none of these answers had a reward"]),
         ([1.0] * 40, 0.0, ["every sampled answer had the reward 1; try harder problems"]),
         ([0.5, 1.0] * 20, 0.5, ["half of the answers or more were cut off"]),
         ([0.0, 1.0] * 20, 0.4, []),
@@ -30,6 +30,10 @@ def test_what_stands_in_the_way_of_learning_is_told_with_a_remedy(rewards, trunc
     lines = look(rewards, truncated).warnings
     assert len(lines) == len(found)
     assert all(part in line for part, line in zip(found, lines, strict=True))
+
+
+def test_a_greedy_answer_with_a_reward_is_a_signal():
+    assert look([0.0] * 40, best_greedy=0.5).warnings == []
 
 
 def test_the_summary_has_the_shares():

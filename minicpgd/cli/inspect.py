@@ -42,7 +42,7 @@ class _Answers:  # A docstring would be a heading in the help of both commands.
         if self.load_in_4bit:
             raise UserError(f"load_in_4bit: {run_or_model} is a run, which stores its own setting; leave it out")
         if not Path(run_or_model, load_config(Path(run_or_model, "config.json")).weights_folder).is_dir():
-            console.print(f"{run_or_model} has not finished; these are its weights at the newest checkpoint")
+            console.print(f"{run_or_model} has not finished; its newest checkpoint answers")
         return run_or_model
 
     def problems(self, run_or_model: str) -> TaskSettings:
@@ -75,8 +75,11 @@ def evaluate(
         answers.model(run_or_model), task=answers.problems(run_or_model), num_problems=num_problems,
         num_samples=num_samples, max_completion_length=answers.max_completion_length, seed=answers.seed,
     )  # fmt: skip
+    wanted = answers.problems(run_or_model)
+    console.print(f"problems           {wanted.task}{f' {wanted.data}' if wanted.data else ''}")
     for name, value in result.items():
-        console.print(f"{name:<18} {value:8.3f}")
+        note = f"   {wanted.reward}, greedy" if name == "reward" else ""
+        console.print(f"{name:<18} {value:8.3f}{note}")
 
 
 def sample(

@@ -7,6 +7,8 @@ exported model. You may change the template, `model_card.md`.
 import shlex
 from pathlib import Path
 
+import numpy as np
+
 from minicpgd.algorithms import display_name
 from minicpgd.cli.flags import changed_flags
 from minicpgd.config import ModelSettings, TrainConfig
@@ -43,6 +45,7 @@ def write_card(folder: Path, run: Path, exported: ExportReport | None = None) ->
     """Write the card of a run's adapter, or of the model that was `exported` from it, to `folder`; return its path."""
     config, metrics, _ = load_run(run)
     accuracy, reward = metrics["eval_accuracy"], metrics["reward"]
+    accuracy = accuracy[~np.isnan(accuracy)]  # A stopped run has no evaluation of its last step.
     last = min(WINDOW, len(reward) - 1)
     training_curves([run]).savefig(folder / "curves.png", dpi=100)
     is_embedded = config.model == ModelSettings.model

@@ -108,7 +108,8 @@ def show_plan(config: TrainConfig, recipe: Recipe | None = None) -> None:
         "problems": describe_data(config),
         "reward": reward,
         "steps": f"{config.max_steps} rollouts of {config.num_prompts} x {config.num_generations} responses of at most "
-        f"{config.max_completion_length} tokens; {config.updates_per_rollout} updates on each, by {config.algorithm}",
+        f"{config.max_completion_length} tokens; {config.updates_per_rollout} updates on each, by {config.algorithm}"
+        + (f"; they end at a KL of {config.target_kl:g}" if config.target_kl else ""),
         "goes to": f"{config.folder}/",
     }
     for name, value in rows.items():

@@ -31,7 +31,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
         num_iterations: passes over each rollout, of 4 updates each. With 1 all four learn.
     """
     from minicpgd.algorithms import display_name
-    from minicpgd.experiments.catalogue import demo_configs
+    from minicpgd.experiments.catalogue import DEMO, demo_configs
     from minicpgd.experiments.outcome import WINDOW
     from minicpgd.experiments.runner import run_all
     from minicpgd.plots.published import save_figures
@@ -43,7 +43,8 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
     chosen = next(path for path in candidates if not path.exists())
     configs = [replace(c, max_steps=max_steps, num_iterations=num_iterations) for c in demo_configs(chosen, seed)]
     k = configs[0].updates_per_rollout
-    console.print(f"Four algorithms, one model, the same problems, {k} updates on every rollout.")
+    console.print(f"Four algorithms, one model, the same problems, {k} updates on every rollout, no stop.")
+    console.print(f"The learning rate is {DEMO['learning_rate']:g}, and CPGD's α the largest |advantage| of a rollout.")
     with Bars([display_name(config.algorithm) for config in configs], max_steps) as bars:
         newest = [0] * len(configs)
 
@@ -132,7 +133,8 @@ def study(
     console.print("", printed, "", sep="\n")
     console.print(
         "Intervals, in brackets, hold 95 %. A run is healthy if it has not collapsed and ends with at least half\n"
-        f"of the held-out problems right (minicpgd/experiments/outcome.py).\n\ntable   {tables / 'study.csv'}"
+        f"of the held-out problems right (minicpgd/experiments/outcome.py)."
+        f"{' A quick study decides nothing.' * quick}\n\ntable   {tables / 'study.csv'}"
     )
     for path in save_study_figures(tables, name, tables):
         console.print(f"figure  {path}")

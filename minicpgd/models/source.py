@@ -81,10 +81,11 @@ def gguf_config(file: Path) -> Any:
         UserError: transformers cannot read it, or the package gguf is missing.
     """
     try:
+        import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
         install = "pip install 'minicpgd[gguf]'"
-        raise MissingPackageError(f"model = {str(file)!r}: a GGUF file needs the package gguf: {install}") from error
+        raise MissingPackageError(f"model = {str(file)!r}: a GGUF file needs gguf and accelerate: {install}") from error
     try:
         return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **NO_CODE)
     except Exception as error:

@@ -25,6 +25,7 @@ class FirstLook:
     prompt: str  # as the model sees it: with its chat template
     greedy: Answer
     samples: Sequence[Answer]
+    best_greedy: float  # the largest reward of a greedy answer
     rewards: Sequence[float]  # of one sampled answer to each held-out problem; NaN where no reward was given
     truncated: float  # the share of these answers that were cut off at the limit
     max_completion_length: int
@@ -44,12 +45,12 @@ class FirstLook:
     def warnings(self) -> list[str]:
         """What stands in the way of learning, each with what to try; empty if nothing does."""
         lines = []
-        if self.rewarded == 0:
+        if self.rewarded == 0 and not self.best_greedy > 0:
             remedy = "try easier problems, a --reward that gives partial credit, or an --instruction with an example"
             if self.truncated >= 0.5:
                 remedy = f"most were cut off: try a longer --max-completion-length than {self.max_completion_length}"
-            lines.append(f"no sampled answer had a reward, so nothing can be learned; {remedy}")
-        elif len(set(self.rewards)) == 1:
+            lines.append(f"none of these answers had a reward; while none has, nothing is learned; {remedy}")
+        elif self.rewarded == len(set(self.rewards)) == 1:
             lines.append(f"every sampled answer had the reward {self.rewards[0]:g}; try harder problems")
         elif self.truncated >= 0.5:
             lines.append("half of the answers or more were cut off; try a longer --max-completion-length")

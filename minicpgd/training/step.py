@@ -227,6 +227,7 @@ class Learner:
             prompt=str(self.policy.tokenizer.decode(prompt[mask.bool()])),
             greedy=Answer(greedy.completions[0], greedy_rewards[0]),
             samples=[Answer(*pair) for pair in zip(two.completions, two_rewards, strict=True)],
+            best_greedy=max(greedy_rewards),
             rewards=rewards,
             truncated=rollout.truncated.double().mean().item(),
             max_completion_length=config.max_completion_length,
