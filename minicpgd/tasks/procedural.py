@@ -11,6 +11,7 @@ In: the name of a task and its options. Out: problems as dataset rows. It needs 
 
 import ast
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
@@ -105,7 +106,9 @@ def make_dataset(data: str | None) -> Any:
         MissingPackageError: reasoning-gym is not installed.
     """
     try:
-        from reasoning_gym.factory import DATASETS, create_dataset
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # A library of theirs has some, when it is compiled first.
+            from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
         install = "pip install 'minicpgd[gym]'"
         raise MissingPackageError(f"task = reasoning_gym: it needs the package reasoning-gym: {install}") from error
