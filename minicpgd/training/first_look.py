@@ -39,7 +39,8 @@ class FirstLook:
     def summary(self) -> str:
         """The shares in one line."""
         cut = f"{self.truncated:.0%} were cut off at {self.max_completion_length} tokens"
-        return f"of {len(self.rewards)} sampled answers {self.rewarded:.0%} had a reward above 0, and {cut}"
+        line = f"of {len(self.rewards)} sampled answers {self.rewarded:.0%} had a reward above 0, and {cut}"
+        return line + "; a share of so few says little" * (len(self.rewards) < FEW)
 
     @property
     def warnings(self) -> list[str]:
@@ -54,6 +55,4 @@ class FirstLook:
             lines.append(f"every sampled answer had the reward {self.rewards[0]:g}; try harder problems")
         elif self.truncated >= 0.5:
             lines.append("half of the answers or more were cut off; try a longer --max-completion-length")
-        if len(self.rewards) < FEW:
-            lines.append(f"only {len(self.rewards)} held-out problems were answered; a share of so few says little")
         return lines
