@@ -147,9 +147,8 @@ OPERATORS = [
 ]
 UNCHANGED = m.OneOf(
     m.Annotation(),
-    m.Assign(
-        value=m.Subscript(value=m.Name("Callable") | m.Name("tuple"))
-    ),  # a type alias: `Pair = tuple[Tensor, Tensor]`
+    # a type alias: `Pair = tuple[Tensor, Tensor]`
+    m.Assign(value=m.Subscript(value=m.Name("Callable") | m.Name("tuple"))),
     m.Call(func=m.OneOf(m.Name("len"), m.Name("isinstance"))),
 )
 

@@ -29,6 +29,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))
 from qlora import PROMPT, make_config, measure_ours, measure_trl, odd_length
+from step import now
 
 from minicpgd.algorithms import token_metrics
 from minicpgd.files import versions, write_atomically
@@ -59,16 +60,9 @@ def card(size: str, length: int) -> dict[str, Any]:
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    _wait()
-    started = time.perf_counter()
+    started = now()
     function()
-    _wait()
-    return time.perf_counter() - started
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return now() - started
 
 
 def ratios(size: str, length: int) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from minicpgd.algorithms.advantages import group_centred, inverse_std
 from minicpgd.algorithms.aggregation import sequence_mean
 from minicpgd.algorithms.divergence import bounded_drift
 from minicpgd.algorithms.surrogates import Pair, log_ratio_clip
-from minicpgd.cli.progress import Bars
-from minicpgd.experiments.runner import Part, Settings, Study, run_study
+from minicpgd.cli.study import make_study
+from minicpgd.experiments.runner import Part, Settings, Study
 from minicpgd.experiments.tables import mean_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,12 +160,7 @@ def main(quick: bool = False) -> None:
         subprocess.run([sys.executable, "-m", "minicpgd", *command], check=True)
     study = token_study(range(100, 101), range(100, 101), 12, quick=True) if quick else token_study()
     folder = ROOT / "runs" / "which_tokens" / "quick" if quick else RESULTS
-    with Bars([part.name for part in study.parts], 100, unit=" %") as bars:
-
-        def poll(part: int, work: float, done: int, asked: int) -> None:
-            bars.update(part, work * 100, f"{done} of {asked} runs")
-
-        run_study(study, folder, Path("runs/studies/runs"), on_wait=poll)
+    make_study(study, folder, Path("runs/studies/runs"))
     print(parts_summary(folder).to_string(index=False))
     print(clip_summary(folder).to_string(index=False))
 

@@ -12,12 +12,14 @@ In a page, a number or a table stands between marks that name its source:
     <!--metrics-->...<!--/-->                                              the same for all metrics
 """
 
+import importlib
 import json
 import re
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -172,28 +174,26 @@ def faults() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _benchmark(name: str) -> ModuleType:
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
 def long_run() -> pd.DataFrame:
     """The first and the last steps of a long run."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from long_run import RESULTS, summary
-
-    return summary(pd.read_csv(RESULTS))
+    module = _benchmark("long_run")
+    return module.summary(pd.read_csv(module.RESULTS))
 
 
 def which_tokens() -> pd.DataFrame:
     """Accuracy for each part of the drift, in each setting."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from which_tokens import parts_summary
-
-    return parts_summary()
+    return _benchmark("which_tokens").parts_summary()
 
 
 def which_clip() -> pd.DataFrame:
     """Accuracy with and without the drift, for each epsilon."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from which_tokens import clip_summary
-
-    return clip_summary()
+    return _benchmark("which_tokens").clip_summary()
 
 
 def mutants() -> pd.DataFrame:

@@ -83,6 +83,7 @@ def test_the_summary_agrees_with_one_by_hand(tmp_path):
     reused = {"part": "K = 64", "run": "run-4", "seed": 100, "learning_rate": 1e-4, "num_prompts": 8, "max_steps": 10}
     table = pd.DataFrame([*rows, reused | SETTINGS["paper + stop"]])
     table = table.assign(collapsed=[False, False, False, True, False], healthy=True, accuracy_final=0.5)
+    table["updates_mean"] = 6.0
     table.to_csv(tmp_path / "study.csv", index=False)
     late = {"run-0": 1.0, "run-1": 0.8, "run-2": 0.9, "run-3": 0.8, "run-4": 0.5}
     steps = [

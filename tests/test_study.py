@@ -20,6 +20,7 @@ from minicpgd import ALGORITHMS, TrainConfig, UserError, load_run, plots, train
 from minicpgd.cli.main import main
 from minicpgd.experiments import QUICK, STUDIES, Part, Study, run_study, warning_study
 from minicpgd.experiments.catalogue import BASE, FOUR, anatomy_study, drift_study, fair_study, map_study
+from minicpgd.experiments.default_rule import setting_names
 from minicpgd.experiments.early_warning import Rule, Trace, collapse_step, first_alarm, fit, judge
 from minicpgd.experiments.endurance import (
     ENDURING,
@@ -28,7 +29,6 @@ from minicpgd.experiments.endurance import (
     REMEDIES,
     REUSED,
     endurance_study,
-    remedy_names,
     stabilisers_study,
 )
 from minicpgd.experiments.outcome import collapsed, first_fall, outcome, window_means
@@ -282,7 +282,7 @@ def test_a_remedy_has_its_name_after_a_round_trip_through_a_file(study, tmp_path
     """Columns that a part does not set are empty in the table."""
     parts = [study().runs(part, pd.DataFrame(), tmp_path).drop(columns="config") for part in study().parts]
     pd.concat(parts).to_csv(tmp_path / "study.csv", index=False)
-    names = remedy_names(pd.read_csv(tmp_path / "study.csv"))
+    names = setting_names(pd.read_csv(tmp_path / "study.csv"), REMEDIES)
     wanted = {"endurance": {*ENDURING, *FIGURE_1, *REUSED}, "stabilisers": {*ON_THE_MAP}}
     assert set(names) == wanted[study().name]
     for name, settings in REMEDIES.items():

@@ -35,13 +35,14 @@ class _Answers:  # A docstring would be a heading in the help of both commands.
     def model(self, run_or_model: str) -> str | ModelSettings:
         """The model with its settings; or the run, which has its own."""
         from minicpgd.training.evaluation import is_run
+        from minicpgd.training.run_folder import is_finished
 
         if not is_run(run_or_model):
             say_conversion(run_or_model)
             return ModelSettings(run_or_model, load_in_4bit=self.load_in_4bit)
         if self.load_in_4bit:
             raise UserError(f"load_in_4bit: {run_or_model} is a run, which stores its own setting; leave it out")
-        if not Path(run_or_model, load_config(Path(run_or_model, "config.json")).weights_folder).is_dir():
+        if not is_finished(Path(run_or_model)):
             console.print(f"{run_or_model} has not finished; its newest checkpoint answers")
         return run_or_model
 
@@ -71,11 +72,11 @@ def evaluate(
     """
     from minicpgd.training.evaluation import evaluate as measure
 
+    wanted = answers.problems(run_or_model)
     result = measure(
-        answers.model(run_or_model), task=answers.problems(run_or_model), num_problems=num_problems,
+        answers.model(run_or_model), task=wanted, num_problems=num_problems,
         num_samples=num_samples, max_completion_length=answers.max_completion_length, seed=answers.seed,
     )  # fmt: skip
-    wanted = answers.problems(run_or_model)
     console.print(f"problems           {wanted.task}{f' {wanted.data}' if wanted.data else ''}")
     for name, value in result.items():
         note = f"   {wanted.reward}, greedy" if name == "reward" else ""

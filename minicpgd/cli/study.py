@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +16,9 @@ from minicpgd.cli.flags import Flag
 from minicpgd.cli.progress import Bars, console, text_table
 from minicpgd.config import SEEDS, TrainConfig
 from minicpgd.errors import Range, UserError
+
+if TYPE_CHECKING:
+    from minicpgd.experiments import Study
 
 StudyName = Literal["map", "drift", "anatomy", "fair", "default", "endurance", "stabilisers", "warning"]
 COLUMNS = ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "max ratio", "sec.")
@@ -31,7 +34,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
         num_iterations: passes over each rollout, of 4 updates each. With 1 all four learn.
     """
     from minicpgd.algorithms import display_name
-    from minicpgd.experiments.catalogue import DEMO, demo_configs
+    from minicpgd.experiments.catalogue import demo_configs
     from minicpgd.experiments.outcome import WINDOW
     from minicpgd.experiments.runner import run_all
     from minicpgd.plots.published import save_figures
@@ -42,9 +45,9 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
     candidates = (folder.parent / f"{folder.name or 'demo'}-{n}" if n > 1 else folder for n in count(1))
     chosen = next(path for path in candidates if not path.exists())
     configs = [replace(c, max_steps=max_steps, num_iterations=num_iterations) for c in demo_configs(chosen, seed)]
-    k = configs[0].updates_per_rollout
+    k, rate = configs[0].updates_per_rollout, configs[0].learning_rate
     console.print(f"Four algorithms, one model, the same problems, {k} updates on every rollout, no stop.")
-    console.print(f"The learning rate is {DEMO['learning_rate']:g}, and CPGD's α the largest |advantage| of a rollout.")
+    console.print(f"The learning rate is {rate:g}, and CPGD's α the largest |advantage| of a rollout.")
     with Bars([display_name(config.algorithm) for config in configs], max_steps) as bars:
         newest = [0] * len(configs)
 
@@ -79,11 +82,8 @@ def _print_outcomes(configs: Sequence[TrainConfig]) -> None:
         accuracies = (result.accuracy_before, result.accuracy_best, result.accuracy_final)
         rewards = f"{result.reward_before:.2f}→{result.reward_last:.2f}"
         collapsed = Text("yes", "red") if result.collapsed else Text("no", "green")
-        others = (
-            f"{result.kl_largest:.2g}",
-            f"{result.ratio_largest:.3g}",
-            f"{sum(run_seconds(config.folder).values()):.0f}",
-        )
+        seconds = sum(run_seconds(config.folder).values())
+        others = (f"{result.kl_largest:.2g}", f"{result.ratio_largest:.3g}", f"{seconds:.0f}")
         cells: list[Any] = [*(f"{share:.2f}" for share in accuracies), rewards, collapsed, *others]
         table.add_row(display_name(config.algorithm), *cells)
     console.print(table)
@@ -107,7 +107,7 @@ def study(
     """
     if jobs is not None:
         Range(1, 1000).check("jobs", jobs)
-    from minicpgd.experiments import QUICK, STUDIES, SUMMARIES, run_study, warning_study
+    from minicpgd.experiments import QUICK, STUDIES, SUMMARIES, warning_study
     from minicpgd.plots.published import save_study_figures
 
     tables = folder / (f"{name}-quick" if quick else name)
@@ -116,12 +116,7 @@ def study(
     else:
         chosen = (QUICK if quick else STUDIES)[name]
         console.print(chosen.asks)
-        with Bars([part.name for part in chosen.parts], 100, unit=" %") as bars:
-
-            def poll(part: int, work: float, done: int, asked: int) -> None:
-                bars.update(part, work * 100, f"{done} of {asked} runs")
-
-            run_study(chosen, tables, folder / "runs", jobs=jobs, on_wait=poll)
+        make_study(chosen, tables, folder / "runs", jobs)
     summary = SUMMARIES[name](tables)
     if len(summary) < len(summary.columns):  # Transposed, it fits a terminal.
         summary = summary.set_index(summary.columns[0]).T.reset_index(names="")
@@ -138,6 +133,18 @@ def study(
     )
     for path in save_study_figures(tables, name, tables):
         console.print(f"figure  {path}")
+
+
+def make_study(chosen: "Study", tables: Path, pool: Path, jobs: int | None = None) -> None:
+    """Make a study's missing runs and its tables, with a bar for each part; see `run_study`."""
+    from minicpgd.experiments import run_study
+
+    with Bars([part.name for part in chosen.parts], 100, unit=" %") as bars:
+
+        def poll(part: int, work: float, done: int, asked: int) -> None:
+            bars.update(part, work * 100, f"{done} of {asked} runs")
+
+        run_study(chosen, tables, pool, jobs=jobs, on_wait=poll)
 
 
 def pretrain(folder: Path = Path("runs/embedded"), seed: int = 0, steps: int = 750) -> None:

@@ -13,10 +13,12 @@ and only the candidate that wins by 2 and 3 makes all long runs, with rollouts o
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
 
 import pandas as pd
 
+from minicpgd.config import TrainConfig
 from minicpgd.experiments.runner import Part, Settings, Study
 
 CANDIDATES: dict[str, Settings] = {
@@ -36,11 +38,13 @@ ENOUGH = 0.95  # A candidate has at least this share of the accuracy of `cpg`.
 EQUAL = 0.05  # Shares of the map that differ by less are equal.
 
 
-def setting_names(table: pd.DataFrame) -> pd.Series:
-    """The name in `SETTINGS` of each row of a study's table."""
-    names = {tuple(map(str, settings.values())): name for name, settings in SETTINGS.items()}
-    columns = table[["algorithm", "drift_coef", "target_kl"]].astype(object)
-    rows = columns.where(columns.notna(), None).itertuples(index=False)
+def setting_names(table: pd.DataFrame, settings: dict[str, Settings] = SETTINGS) -> pd.Series:
+    """The name in `settings` of each row of a study's table. An empty cell is the default of a config, or no stop."""
+    default = asdict(TrainConfig()) | {"target_kl": None}
+    columns = sorted({column for values in settings.values() for column in values})
+    names = {tuple(str(values.get(c, default[c])) for c in columns): name for name, values in settings.items()}
+    cells = table.reindex(columns=columns).astype(object)
+    rows = cells.where(cells.notna(), pd.Series(default), axis=1).itertuples(index=False)
     return pd.Series([names[tuple(map(str, row))] for row in rows], index=table.index, dtype=object)
 
 

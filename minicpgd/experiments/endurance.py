@@ -7,12 +7,8 @@ In: nothing, or a smaller size. Out: a `Study`. `tables.py` and `plots/endurance
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import product
 
-import pandas as pd
-
-from minicpgd.config import TrainConfig
 from minicpgd.experiments.runner import Part, Settings, Study
 
 
@@ -65,16 +61,6 @@ REUSED = (
     "drift 3",
 )
 ON_THE_MAP = tuple(name for name in REMEDIES if name not in ("CPGD, default + decay", *FIGURE_1[1:]))
-
-
-def remedy_names(table: pd.DataFrame) -> pd.Series:
-    """The name in `REMEDIES` of each row of a study's table. An empty cell is the default of a config, or no stop."""
-    default = asdict(TrainConfig()) | {"target_kl": None}
-    columns = sorted({name for settings in REMEDIES.values() for name in settings})
-    names = {tuple(str(s.get(c, default[c])) for c in columns): name for name, s in REMEDIES.items()}
-    cells = table.reindex(columns=columns).astype(object)
-    rows = cells.where(cells.notna(), pd.Series(default), axis=1).itertuples(index=False)
-    return pd.Series([names[tuple(map(str, row))] for row in rows], index=table.index, dtype=object)
 
 
 def endurance_study(

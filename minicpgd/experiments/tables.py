@@ -12,8 +12,9 @@ import pandas as pd
 
 from minicpgd.algorithms import display_name
 from minicpgd.experiments.default_rule import SETTINGS, is_admitted, setting_names
-from minicpgd.experiments.endurance import REMEDIES, remedy_names
+from minicpgd.experiments.endurance import REMEDIES
 from minicpgd.experiments.outcome import HEALTHY
+from minicpgd.experiments.runner import Settings
 from minicpgd.experiments.statistics import Estimate, bootstrap_mean, wilson
 
 
@@ -210,11 +211,15 @@ def late_accuracy(table: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
     return late.groupby("run")["eval_accuracy"].mean()  # A step without an evaluation has NaN, which does not count.
 
 
+def named_runs(folder: Path, settings: dict[str, Settings]) -> pd.DataFrame:
+    """The runs of a study, each with the `name` of its setting and, as `late`, its `late_accuracy`."""
+    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
+    return table.assign(name=setting_names(table, settings), late=table["run"].map(late_accuracy(table, steps)))
+
+
 def default_summary(folder: Path) -> pd.DataFrame:
     """What the rule of `default_rule.py` asks of each setting: long runs beside no drift, the map, and K = 64."""
-    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
-    table = table.assign(name=setting_names(table), late=table["run"].map(late_accuracy(table, steps)))
-    updates = steps.groupby("run")["updates"].mean()
+    table = named_runs(folder, SETTINGS)
     long, cell = table[table["part"] == "long"], ["num_prompts", "learning_rate"]
     no_drift = long[long["name"] == "no drift"].groupby(cell)["late"].mean()
     candidates = set(table.loc[table["part"] == "screen", "name"])
@@ -232,7 +237,7 @@ def default_summary(folder: Path) -> pd.DataFrame:
             "rule 1": ("yes" if is_admitted(at_length["collapsed"], shares) else "no") if name in candidates else "",
             "healthy share of the map": percent(healthy_share(on_map)) if len(on_map) else "",
             "K = 64: final accuracy": mean_text(reused["accuracy_final"]) if len(reused) else "",
-            "K = 64: updates": f"{reused['run'].map(updates).mean():.1f}" if len(reused) else "",
+            "K = 64: updates": f"{reused['updates_mean'].mean():.1f}" if len(reused) else "",
         }
         rows.append(row)
     return pd.DataFrame(rows)
@@ -240,10 +245,8 @@ def default_summary(folder: Path) -> pd.DataFrame:
 
 def endurance_summary(folder: Path) -> pd.DataFrame:
     """How many long runs of each remedy fell, and how many did not recover; accuracy over the last fifth."""
-    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
-    table = table.assign(remedy=remedy_names(table), late=table["run"].map(late_accuracy(table, steps)))
     rows = []
-    for (part, remedy), runs in table.groupby(["part", "remedy"], sort=False):
+    for (part, remedy), runs in named_runs(folder, REMEDIES).groupby(["part", "name"], sort=False):
         row = {"remedy": f"{remedy}, {part}"}
         for rate, cell in runs.groupby("learning_rate"):
             row[f"fell, lr {rate_name(rate)}"] = count_text(cell["fell"].notna())
@@ -256,18 +259,16 @@ def endurance_summary(folder: Path) -> pd.DataFrame:
 def stabilisers_summary(folder: Path) -> pd.DataFrame:
     """The healthy share of the map of each remedy, the rate it tolerates at each K, and its price, best first."""
     table, seconds = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "seconds.csv").set_index("run").sum(axis=1)
-    table = table.assign(remedy=remedy_names(table), seconds=table["run"].map(seconds))
+    table = table.assign(name=setting_names(table, REMEDIES), seconds=table["run"].map(seconds))
     largest = table["updates_per_rollout"].max()
-    at_largest = table[table["updates_per_rollout"] == largest]
-    usual = at_largest.loc[at_largest["remedy"] == "GRPO", "seconds"].median()
+    at_largest = dict(iter(table[table["updates_per_rollout"] == largest].groupby("name")))
+    usual = at_largest["GRPO"]["seconds"].median()
     rows = []
-    for remedy in sorted(REMEDIES, key=lambda name: -table.loc[table["remedy"] == name, "healthy"].mean()):
-        if (runs := table[table["remedy"] == remedy]).empty:
-            continue
+    for remedy in table.groupby("name", sort=False)["healthy"].mean().sort_values(ascending=False, kind="stable").index:
+        runs, reused = table[table["name"] == remedy], at_largest[remedy]
         row = {"remedy": remedy, "healthy share of the map": percent(healthy_share(runs))}
         for k, at_k in runs.groupby("updates_per_rollout"):
             row[f"learning rate tolerated, K = {k}"] = geometric(tolerated_rate(at_k), ".1e")
-        reused = at_largest[at_largest["remedy"] == remedy]
         row[f"updates per rollout, K = {largest}"] = f"{reused['updates_mean'].mean():.1f}"
         row[f"time, K = {largest}, GRPO = 1"] = f"{reused['seconds'].median() / usual:.2f}"
         rows.append(row)

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from minicpgd.algorithms import ALGORITHMS, display_name
-from minicpgd.experiments.endurance import FIGURE_1, remedy_names
+from minicpgd.experiments.default_rule import setting_names
+from minicpgd.experiments.endurance import FIGURE_1, REMEDIES
 from minicpgd.experiments.statistics import Estimate, bootstrap_mean, wilson
-from minicpgd.experiments.tables import advantage_size, arm_name, healthy_share, late_accuracy, rate_name, shape_name
+from minicpgd.experiments.tables import advantage_size, arm_name, healthy_share, named_runs, rate_name, shape_name
 from minicpgd.plots import style
 from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, band, interval, line_style, styled
 
@@ -193,14 +194,13 @@ def endurance_survival(folder: Path) -> Figure:
     """The share of long runs that has not fallen, over rollouts; below it each remedy's late accuracy and falls."""
     from scipy.stats import CensoredData, ecdf  # This import takes half a second.
 
-    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
-    table = table.assign(remedy=remedy_names(table), late=table["run"].map(late_accuracy(table, steps)))
+    table = named_runs(folder, REMEDIES)
     long = table[table["part"].isin(["K = 4", "K = 8"])]
     figure = Figure(figsize=(10, 9), layout="constrained")
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(4, 5)))
     for axis, (part, runs) in zip(above.subplots(1, 2, sharey=True), long.groupby("part", sort=False), strict=True):
         for i, remedy in enumerate(SURVIVORS):
-            fell = runs.loc[runs["remedy"] == remedy, "fell"]
+            fell = runs.loc[runs["name"] == remedy, "fell"]
             length = runs["max_steps"].max()
             alive = ecdf(CensoredData(uncensored=fell.dropna(), right=[length] * fell.isna().sum())).sf
             x, y = np.append(alive.quantiles, length), np.append(alive.probabilities, alive.probabilities[-1])
@@ -214,7 +214,7 @@ def endurance_survival(folder: Path) -> Figure:
         axis.set(title=f"{part}, all learning rates", xlabel="rollout", ylim=(-0.02, 1.04))
     above.axes[0].set_ylabel("share that has not fallen")
     above.legend(*above.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    cells = long.groupby(["remedy", "part", "learning_rate"], sort=False)
+    cells = long.groupby(["name", "part", "learning_rate"], sort=False)
     late, fallen = cells["late"].mean().unstack([1, 2]), cells["fell"].count().unstack([1, 2])
     order = late.mean(axis=1).sort_values(ascending=False).index
     axis = below.subplots()
@@ -233,7 +233,7 @@ def endurance_survival(folder: Path) -> Figure:
 def endurance_fates(folder: Path) -> Figure:
     """Reward, length, ratios and clipped tokens over the run, at the largest rate at K = 4: the paper's Figure 1."""
     table = pd.read_csv(folder / "study.csv")
-    table = table.assign(remedy=remedy_names(table))
+    table = table.assign(name=setting_names(table, REMEDIES))
     rate = table["learning_rate"].max()
     chosen = table[table["part"].isin(["K = 4", "Figure 1"]) & (table["learning_rate"] == rate)]
     names = ("GRPO", "RLOO", "REINFORCE++", "log-ratio clip", "drift 0.01", *FIGURE_1)
@@ -242,7 +242,7 @@ def endurance_fates(folder: Path) -> Figure:
     figure = Figure(figsize=(10, 9), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True)
     for i, name in enumerate(names):
-        rows = steps.merge(chosen.loc[chosen["remedy"] == name, ["run"]], on="run")
+        rows = steps.merge(chosen.loc[chosen["name"] == name, ["run"]], on="run")
         colour, dashes = COLOURS[i % len(COLOURS)], DASHES[(i + i // len(COLOURS)) % len(DASHES)]
         for axis, column in zip(axes, panels, strict=True):
             mean = rows.pivot_table(index="step", columns="run", values=column).mean(axis=1)
@@ -259,13 +259,13 @@ def endurance_fates(folder: Path) -> Figure:
 def stabilisers_price(folder: Path) -> Figure:
     """Each remedy's healthy share of the map, and how many of 64 updates it makes; the best at the top."""
     table = pd.read_csv(folder / "study.csv")
-    table = table.assign(remedy=remedy_names(table))
-    order = table.groupby("remedy")["healthy"].mean().sort_values().index
+    table = table.assign(name=setting_names(table, REMEDIES))
+    order = table.groupby("name")["healthy"].mean().sort_values().index
     largest = table["updates_per_rollout"].max()
     figure = Figure(figsize=(10, 1.6 + 0.27 * len(order)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for y, remedy in enumerate(order):
-        runs = table[table["remedy"] == remedy]
+        runs = table[table["name"] == remedy]
         interval(left, y, healthy_share(runs), COLOURS[0], "o")
         made = runs.loc[runs["updates_per_rollout"] == largest, "updates_mean"]
         interval(right, y, bootstrap_mean(made.to_numpy()), COLOURS[1], "s")

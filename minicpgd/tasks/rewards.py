@@ -12,7 +12,7 @@ A function here may leave out each name that it does not need. It may be asynchr
 import importlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -75,8 +75,7 @@ def last_number(prompts: Sequence, completions: Sequence, answer: Sequence, **_:
     Raises:
         ValueError: a reference is not one number.
     """
-    found = [numbers(response_text(completion)) for completion in completions]
-    return [float(ns[-1:] == [_one_number(a)]) for ns, a in zip(found, answer, strict=True)]
+    return [float(found[-1:] == [reference]) for found, reference in _numbers_beside(completions, answer)]
 
 
 def number_in_text(prompts: Sequence, completions: Sequence, answer: Sequence, **_: Any) -> list[float]:
@@ -85,15 +84,16 @@ def number_in_text(prompts: Sequence, completions: Sequence, answer: Sequence, *
     Raises:
         ValueError: a reference is not one number.
     """
-    found = [numbers(response_text(completion)) for completion in completions]
-    return [float(_one_number(a) in ns) for ns, a in zip(found, answer, strict=True)]
+    return [float(reference in found) for found, reference in _numbers_beside(completions, answer)]
 
 
-def _one_number(answer: Any) -> Fraction:
-    reference = reference_answer(answer_text(answer))
-    if len(found := numbers(reference)) != 1:
-        raise ValueError(f"answer = {short_repr(reference)}: one number is needed; math judges other answers")
-    return found[0]
+def _numbers_beside(completions: Sequence, answers: Sequence) -> Iterator[tuple[list[Fraction], Fraction]]:
+    """The numbers in each response, and the one number of its reference."""
+    for completion, answer in zip(completions, answers, strict=True):
+        reference = reference_answer(answer_text(answer))
+        if len(found := numbers(reference)) != 1:
+            raise ValueError(f"answer = {short_repr(reference)}: one number is needed; math judges other answers")
+        yield numbers(response_text(completion)), found[0]
 
 
 REWARDS: dict[str, RewardFunction] = {

@@ -35,7 +35,7 @@ class Callbacks:
 
     on_load: Callable[[Policy], None] = lambda policy: None
     on_resume: Callable[[int], None] = lambda step: None
-    on_first_look: Callable[[FirstLook], None] = lambda look: None
+    on_first_look: Callable[[FirstLook], None] | None = None  # Its answers are sampled only if there is one.
     on_step: Callable[[int, dict[str, float], dict[str, float]], None] = lambda step, metrics, timings: None
     on_warning: Callable[[str], None] = lambda line: None
     should_stop: Callable[[], bool] = lambda: False
@@ -69,16 +69,17 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
         run = RunFolder.reopen(config) if resume else RunFolder.create(config)
         with run.lock():
             first, saved = _restore_newest(learner, run, callbacks)
+            looks = callbacks.on_first_look is not None
             for step in range(first, config.max_steps + 1):
                 try:
-                    log = learner.step(step) if step else learner.evaluate_before_training()
+                    log = learner.step(step) if step else learner.evaluate_before_training(look=looks)
                 except NonFiniteError as error:
                     last = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
                     raise NonFiniteError(
                         f"step {step}: {error}; {last}. "
                         "In a new run, try a smaller learning_rate or fewer num_iterations, or algorithm=cpgd"
                     ) from error
-                if log.look is not None:
+                if callbacks.on_first_look and log.look:
                     callbacks.on_first_look(log.look)
                 stop = callbacks.should_stop()
                 run.append_step(step, log)

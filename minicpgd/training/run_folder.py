@@ -146,6 +146,11 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise UserError(f"adapter = {config.adapter!r}: not a LoRA adapter: {error}") from error
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run has left its trained weights: a model, or an adapter."""
+    return (folder / "model").is_dir() or (folder / "adapter").is_dir()
+
+
 def refuse_existing(folder: Path) -> None:
     """Refuse a run whose folder exists. Call this before any slow work.
 
@@ -153,8 +158,8 @@ def refuse_existing(folder: Path) -> None:
         ConfigError: the run's folder exists already.
     """
     if folder.exists():
-        is_finished = (folder / "model").is_dir() or (folder / "adapter").is_dir()
-        way = f"{resume_command(folder, ' --max-steps N')}, which adds steps" if is_finished else resume_command(folder)
+        prolong = f"{resume_command(folder, ' --max-steps N')}, which adds steps"
+        way = prolong if is_finished(folder) else resume_command(folder)
         hint = f"continue it with {way} (in Python, resume=True)"
         raise ConfigError(f"output_dir = {str(folder)!r} exists already: choose another --output-dir, or {hint}")
 

@@ -212,18 +212,21 @@ class Learner:
         low, high = self.algorithm.clip_bounds(self.config.epsilon, self.config.epsilon_high)
         return (self.score(rollout) - rollout.logp).exp().clamp(low, high)
 
-    def evaluate_before_training(self) -> StepLog:
-        """Step 0: the model before training, on the held-out set.
+    def evaluate_before_training(self, *, look: bool = False) -> StepLog:
+        """Step 0: the model before training, on the held-out set; with a `FirstLook` if somebody wants to `look`.
 
         A real model answers no more problems here than a rollout has responses, so this takes no longer than a step.
         """
         config = self.config
         few = config.eval_problems if config.model == "embedded" else min(config.eval_problems, config.num_responses)
-        rollout, right, rewards = self._respond(0, few, greedy=False)
+        rollout, right, rewards = self._respond(0, few)
         greedy, greedy_right, greedy_rewards = self._respond(0, few, greedy=True)
+        values = metrics.before_training(rollout, rewards, right) | _of_greedy(greedy_right, greedy_rewards)
+        if not look:
+            return StepLog(values)
         two, _, two_rewards = self._respond(0, 1, num_samples=2)
         prompt, mask = self.policy.encode([self.task.held_out(1)[0]["prompt"]])
-        look = FirstLook(
+        first = FirstLook(
             prompt=str(self.policy.tokenizer.decode(prompt[mask.bool()])),
             greedy=Answer(greedy.completions[0], greedy_rewards[0]),
             samples=[Answer(*pair) for pair in zip(two.completions, two_rewards, strict=True)],
@@ -232,8 +235,7 @@ class Learner:
             truncated=rollout.truncated.double().mean().item(),
             max_completion_length=config.max_completion_length,
         )
-        values = metrics.before_training(rollout, rewards, right) | _of_greedy(greedy_right, greedy_rewards)
-        return StepLog(values, look=look)
+        return StepLog(values, look=first)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         _, right, rewards = self._respond(step, self.config.eval_problems, greedy=True)
