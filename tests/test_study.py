@@ -34,7 +34,14 @@ from minicpgd.experiments.endurance import (
 from minicpgd.experiments.outcome import collapsed, first_fall, outcome, window_means
 from minicpgd.experiments.runner import _check_same, _finish
 from minicpgd.experiments.statistics import bootstrap_mean, wilson
-from minicpgd.experiments.tables import anatomy_summary, drift_summary, fair_summary, map_summary, tolerated_rate
+from minicpgd.experiments.tables import (
+    anatomy_summary,
+    drift_summary,
+    fair_summary,
+    map_summary,
+    stabilisers_summary,
+    tolerated_rate,
+)
 from minicpgd.recipes import save_config
 from minicpgd.training import Callbacks
 from minicpgd.training.run_folder import resolved
@@ -474,3 +481,24 @@ def test_the_summaries_of_the_fair_study_and_of_the_anatomy_agree_with_those_by_
     first, second = anatomy_summary(tmp_path).to_dict("records")
     assert (first["variant"], second["variant"]) == ("CPGD", "GRPO, β = 0.4")
     assert (second["collapsed"], second["share"]) == ("1 of 2", "50 % [9, 91]")
+
+
+def test_the_summary_of_the_stabilisers_agrees_with_one_by_hand(tmp_path):
+    """Of two remedies the stop is healthy in both cells, makes 6 of 64 updates, and takes a quarter of the time."""
+    study = stabilisers_study(rates=(1e-4, 3e-4), updates=(64,), seeds=(100,), names=("GRPO", "stop 0.003"))
+    table = study.runs(study.parts[0], pd.DataFrame(), tmp_path).drop(columns="config")
+    is_stop = table["target_kl"].notna()
+    table = table.assign(
+        run=[f"run-{i}" for i in range(4)], healthy=is_stop, accuracy_final=np.where(is_stop, 0.9, 0.1)
+    )
+    table.assign(updates_mean=np.where(is_stop, 6.0, 64.0)).to_csv(tmp_path / "study.csv", index=False)
+    seconds = pd.DataFrame({"run": table["run"], "rollout_seconds": 1.0, "update_seconds": np.where(is_stop, 1.0, 7.0)})
+    seconds.to_csv(tmp_path / "seconds.csv", index=False)
+    summary = stabilisers_summary(tmp_path).set_index("remedy")
+    assert list(summary.index) == ["stop 0.003", "GRPO"]
+    assert summary["updates per rollout, K = 64"].tolist() == ["6.0", "64.0"]
+    assert summary["time, K = 64, GRPO = 1"].tolist() == ["0.25", "1.00"]
+    assert summary["learning rate tolerated, K = 64"].tolist() == ["3.0e-4", "1.0e-4"]
+    assert [label.get_text() for label in plots.stabilisers_price(tmp_path).axes[0].get_yticklabels()][
+        -1
+    ] == "stop 0.003"
