@@ -333,7 +333,8 @@ def test_a_fair_search_gives_each_algorithm_the_same_chances():
     }
     assert all(settings == per_algorithm["cpgd"] for settings in per_algorithm.values())
     assert not set(search.seeds) & set(report.seeds)
-    assert all(1e-5 <= c["learning_rate"] <= 3e-4 for c in cells)
+    assert all(1e-5 <= c["learning_rate"] <= 1e-3 for c in cells)
+    assert {c["target_kl"] for c in cells} == {None, 0.003}
     table = pd.DataFrame([{**c, "reward_last": 0.1, "accuracy_final": 0.9} for c in cells])
     table.loc[5, ["reward_last", "accuracy_final"]] = 0.7, 0.2  # The training reward decides.
     chosen = {c["algorithm"]: c for c in report.settings(table)}
