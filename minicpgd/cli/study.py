@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from minicpgd.experiments import Study
 
 StudyName = Literal["map", "drift", "anatomy", "fair", "default", "endurance", "stabilisers", "warning"]
-COLUMNS = ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "max ratio", "sec.")
+COLUMNS = ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "updates", "sec.")
 
 
 def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, num_iterations: int = 16) -> None:
-    """Train CPGD, GRPO, RLOO and REINFORCE++ side by side, with many updates on every rollout, and show the outcome.
+    """Train CPGD, GRPO, RLOO and REINFORCE++ with many updates on every rollout, two of them also with a stop at a KL.
 
     Args:
-        seed: decides problems and samples, the same ones for all four.
+        seed: decides problems and samples, the same ones for all runs.
         folder: where runs and figures go; a number is appended if it exists already.
         max_steps: rollouts; at least 10, so that collapse can be judged.
-        num_iterations: passes over each rollout, of 4 updates each. With 1 all four learn.
+        num_iterations: passes over each rollout, of 4 updates each. With 1 all of them learn.
     """
-    from minicpgd.algorithms import display_name
     from minicpgd.experiments.catalogue import demo_configs
     from minicpgd.experiments.outcome import WINDOW
     from minicpgd.experiments.runner import run_all
+    from minicpgd.plots import run_labels
     from minicpgd.plots.published import save_figures
     from minicpgd.training.run_folder import read_lines
 
@@ -46,9 +46,13 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
     chosen = next(path for path in candidates if not path.exists())
     configs = [replace(c, max_steps=max_steps, num_iterations=num_iterations) for c in demo_configs(chosen, seed)]
     k, rate = configs[0].updates_per_rollout, configs[0].learning_rate
-    console.print(f"Four algorithms, one model, the same problems, {k} updates on every rollout, no stop.")
-    console.print(f"The learning rate is {rate:g}, and CPGD's α the largest |advantage| of a rollout.")
-    with Bars([display_name(config.algorithm) for config in configs], max_steps) as bars:
+    stop, alpha = configs[0].target_kl, configs[0].drift_coef
+    console.print(
+        f"One model, the same problems, at most {k} updates on every rollout, learning rate {rate:g}, α = {alpha}."
+    )
+    console.print(f"The first two runs end their updates on a rollout at a KL of {stop}. The papers have no such stop.")
+    labels = run_labels(configs)
+    with Bars(labels, max_steps) as bars:
         newest = [0] * len(configs)
 
         def poll() -> None:
@@ -60,37 +64,36 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
 
         folders = run_all(configs, on_wait=poll)
 
-    _print_outcomes(configs)
+    _print_outcomes(configs, labels)
     for path in save_figures(chosen, folders):
         console.print(f"figure  {path}")
     console.print(f"runs    {chosen}/")
     program = sys.argv[0] if sys.argv[0].endswith("minicpgd") else "minicpgd"
-    console.print(f"next    {program} sample {shlex.quote(str(folders[0]))}   shows what CPGD's policy writes now;")
-    console.print("        minicpgd/algorithms/table.py is the table with these four rows.")
+    console.print(f"next    {program} sample {shlex.quote(str(folders[0]))}   shows what the first policy writes now;")
+    console.print("        minicpgd/algorithms/table.py is the table with these four algorithms.")
 
 
-def _print_outcomes(configs: Sequence[TrainConfig]) -> None:
-    from minicpgd.algorithms import display_name
+def _print_outcomes(configs: Sequence[TrainConfig], labels: Sequence[str]) -> None:
     from minicpgd.experiments.outcome import outcome
     from minicpgd.training.run_folder import run_seconds
 
     first = configs[0]
-    budget = f"{first.max_steps} rollouts of {first.updates_per_rollout} updates, seed {first.seed}"
+    budget = f"{first.max_steps} rollouts, seed {first.seed}"
     table = text_table(*COLUMNS, title=f"\nAfter {budget}: accuracy before, best and final")
-    for config in configs:
+    for config, label in zip(configs, labels, strict=True):
         result = outcome(config.folder)
         accuracies = (result.accuracy_before, result.accuracy_best, result.accuracy_final)
         rewards = f"{result.reward_before:.2f}→{result.reward_last:.2f}"
         collapsed = Text("yes", "red") if result.collapsed else Text("no", "green")
         seconds = sum(run_seconds(config.folder).values())
-        others = (f"{result.kl_largest:.2g}", f"{result.ratio_largest:.3g}", f"{seconds:.0f}")
+        others = (f"{result.kl_largest:.2g}", f"{result.updates_mean:.0f}", f"{seconds:.0f}")
         cells: list[Any] = [*(f"{share:.2f}" for share in accuracies), rewards, collapsed, *others]
-        table.add_row(display_name(config.algorithm), *cells)
+        table.add_row(label, *cells)
     console.print(table)
     console.print(
         "\nAccuracy: greedy, on 256 held-out problems. Reward: of sampled responses, before training and in\n"
         "the last 10 steps. Collapsed: that is below half of its best over any 10 in a row, or below the\n"
-        "reward before training. KL and ratio: of the policy to the one that sampled; nats per token.\n"
+        "reward before training. KL: to the policy that sampled, in nats per token. Updates: per rollout.\n"
     )
 
 

@@ -40,8 +40,17 @@ def row_settings(name: str) -> Settings:
 
 
 def demo_configs(folder: Path, seed: int = 0) -> list[TrainConfig]:
-    """The runs of the demo in a folder; only the row of the table differs."""
-    return [TrainConfig(**row_settings(name), seed=seed, output_dir=str(folder / name), **DEMO) for name in FOUR]
+    """The runs of the demo: CPGD and GRPO with this package's stop, then all four without, as their papers have them.
+
+    Everything else is the same, and the default. Each run has a folder in `folder`.
+    """
+    stopped = [
+        TrainConfig(algorithm=name, output_dir=str(folder / f"{name}_kl_stop"), seed=seed, **DEMO) for name in FOUR[:2]
+    ]
+    papers = [
+        TrainConfig(algorithm=name, output_dir=str(folder / name), seed=seed, target_kl=None, **DEMO) for name in FOUR
+    ]
+    return stopped + papers
 
 
 def _always(settings: list[Settings]) -> Callable[[pd.DataFrame], list[Settings]]:

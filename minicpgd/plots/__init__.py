@@ -8,7 +8,7 @@ from minicpgd.plots.clip_and_drift import clip_against_drift
 from minicpgd.plots.maps import map_curves, map_frontiers, map_heat
 from minicpgd.plots.memory import memory_bars
 from minicpgd.plots.objectives import objective_curves, token_regions
-from minicpgd.plots.runs import ratio_ranges, training_curves
+from minicpgd.plots.runs import ratio_ranges, run_labels, training_curves
 from minicpgd.plots.studies import (
     anatomy_passes,
     anatomy_rows,
@@ -23,7 +23,6 @@ from minicpgd.plots.tokens import token_text
 
 __all__ = [
     "anatomy_passes", "anatomy_rows", "clip_against_drift", "drift_coefs", "endurance_fates", "endurance_survival",
-    "fair_search", "map_curves", "stabilisers_price",
-    "map_frontiers", "map_heat", "memory_bars", "objective_curves", "ratio_ranges", "token_regions", "token_text",
-    "training_curves", "warning_signals",
+    "fair_search", "map_curves", "map_frontiers", "map_heat", "memory_bars", "objective_curves", "ratio_ranges",
+    "run_labels", "stabilisers_price", "token_regions", "token_text", "training_curves", "warning_signals",
 ]  # fmt: skip

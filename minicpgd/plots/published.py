@@ -39,7 +39,7 @@ def save_published(results: Path, folder: Path) -> Iterator[Path]:
         UserError: a log is missing.
     """
     studies = [name for name in STUDY_FIGURES if (results / name).is_dir()]
-    demo_runs = [results / "demo" / "seed0" / config.algorithm for config in demo_configs(results)]
+    demo_runs = [config.folder for config in demo_configs(results / "demo" / "seed0")]
     for needed in (*demo_runs, *(results / name / "study.csv" for name in studies)):
         if not needed.exists():
             raise UserError(f"{needed}: missing; --results names the folder of committed logs in the repository")

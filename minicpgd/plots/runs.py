@@ -13,6 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from minicpgd.algorithms import ALGORITHMS, display_name
+from minicpgd.config import TrainConfig
 from minicpgd.errors import UserError
 from minicpgd.plots.style import COLOURS, DASHES, KL, RATIO, ribbon_legend, ribbons, styled
 from minicpgd.training.run_folder import Run, load_run
@@ -26,7 +27,7 @@ DRAWN = {"reward", "completion_length", "kl_old", "clip_frac_pos", "clip_frac_ne
 def training_curves(runs: Sequence[str | Path]) -> Figure:
     r"""Reward, response length, KL to $\pi_{old}$ and clipped share over the steps of several runs, one line each."""
     loaded = _load(runs)
-    labels = _labels(loaded)
+    labels = run_labels([run.config for run in loaded])
     panels = (
         ("reward", "Reward", "mean reward of a response"),
         ("completion_length", "Response length", "tokens"),
@@ -57,16 +58,25 @@ def training_curves(runs: Sequence[str | Path]) -> Figure:
 def ratio_ranges(runs: Sequence[str | Path]) -> Figure:
     r"""How far the ratios $\pi_\theta / \pi_{old}$ spread, step by step: a panel per run, quantiles as ribbons."""
     loaded = _load(runs)
-    figure = Figure(figsize=(max(5.0, 2.6 * len(loaded)), 3.6), layout=ConstrainedLayoutEngine(wspace=0.04))
-    axes = figure.subplots(1, len(loaded), sharey=True, sharex=True, squeeze=False)[0]
-    for axis, (config, metrics, _), label, colour in zip(axes, loaded, _labels(loaded), COLOURS, strict=False):
+    n_rows = -(-len(loaded) // 4)
+    columns = -(-len(loaded) // n_rows)
+    size = (max(5.0, 2.6 * columns), 0.8 + 2.8 * n_rows)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.04))
+    axes = figure.subplots(n_rows, columns, sharey=True, sharex=True, squeeze=False)
+    labels = run_labels([run.config for run in loaded])
+    for axis, (config, metrics, _), label, colour in zip(axes.flat, loaded, labels, COLOURS, strict=False):
         ratios = [np.maximum(metrics[name], 1e-6) for name in RATIOS]
         row = ALGORITHMS[config.algorithm]
         bounds = row.clip_bounds(config.epsilon, config.epsilon_high) if row.clips else ()
         ribbons(axis, metrics["step"], ratios, colour, bounds)
-        axis.set(title=label.replace(", ", ",\n"), xlabel="step", yscale="log")
+        axis.set(title=label.replace(", ", ",\n"), yscale="log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    axes[0].set_ylabel(RATIO)
+    for axis in axes.flat[len(loaded) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(RATIO)
     figure.legend(handles=ribbon_legend(), loc="outside upper center", ncols=3)
     return figure
 
@@ -79,16 +89,26 @@ def _load(runs: Sequence[str | Path]) -> list[Run]:
     return loaded
 
 
-def _labels(runs: Sequence[Run]) -> list[str]:
-    """The name of each run's algorithm, and the settings that tell it apart from the other runs of this algorithm."""
-    configs = [{**asdict(run.config), "model": Path(run.config.model).name} for run in runs]
+def run_labels(runs: Sequence[TrainConfig]) -> list[str]:
+    """The name of each run's algorithm, and the settings that tell it apart from the other runs of this algorithm.
+
+    Where some runs have a stop at a KL and others have none, "+ KL stop" is part of the name.
+    """
+    configs = [{**asdict(run), "model": Path(run.model).name} for run in runs]
+    some_stop = len({config["target_kl"] is None for config in configs}) > 1
+    names = [
+        display_name(config["algorithm"]) + " + KL stop" * (some_stop and config["target_kl"] is not None)
+        for config in configs
+    ]
     labels = []
-    for config in configs:
-        same = [other for other in configs if other["algorithm"] == config["algorithm"]]
-        differing = [name for name in config if len({str(other[name]) for other in same}) > 1 and name not in SILENT]
+    for config, name in zip(configs, names, strict=True):
+        same = [other for other, its_name in zip(configs, names, strict=True) if its_name == name]
+        differing = [
+            field for field in config if len({str(other[field]) for other in same}) > 1 and field not in SILENT
+        ]
         if len({other["seed"] for other in configs}) > 1 and "seed" not in differing:
             differing.append("seed")
-        labels.append(", ".join([display_name(config["algorithm"]), *(f"{n} {_short(config[n])}" for n in differing)]))
+        labels.append(", ".join([name, *(f"{field} {_short(config[field])}" for field in differing)]))
     alike = {label for label in labels if labels.count(label) > 1}
     folders = [Path(config["output_dir"]).name for config in configs]
     return [f"{label}, {at}" if label in alike else label for label, at in zip(labels, folders, strict=True)]
