@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 
 from minicpgd import TrainConfig, evaluate, load_run, train
 from minicpgd.cli.progress import Bars
-from minicpgd.experiments.catalogue import row_settings
+from minicpgd.experiments.endurance import REMEDIES
 from minicpgd.models.policy import Policy, quiet
 from minicpgd.models.source import EMBEDDED
 from minicpgd.plots.style import COLOURS, DASHES, styled
@@ -41,6 +41,7 @@ from minicpgd.tasks.task import get_task
 RESULTS = Path(__file__).parent / "results" / "collapse_in_trl.csv"
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "peers" / "collapse_in_trl.png"
 PROMPTS, RESPONSES, ROLLOUTS, PASSES, MINIBATCHES, MAX_LENGTH = 8, 16, 16, 16, 4, 64
+SETTINGS = {"grpo": REMEDIES["GRPO"], "cpgd": REMEDIES["CPGD, α = max A"]}  # a large drift, and no stop
 KEYS = ["learning_rate", "algorithm", "loop", "seed"]
 RUNS = {
     ("grpo", "minicpgd"): "GRPO, our loop",
@@ -62,7 +63,7 @@ def train_in_our_loop(rate: float, algorithm: str, seed: int, folder: str) -> tu
         learning_rate=rate,
         max_completion_length=MAX_LENGTH,
         output_dir=folder,
-        **row_settings(algorithm),  # as in the studies: a large drift, and no stop
+        **SETTINGS[algorithm],
     )
     run = load_run(train(config))
     return run.metrics["reward"][1:].tolist(), float(run.metrics["eval_accuracy"][-1])
@@ -96,7 +97,7 @@ def train_in_trl(rate: float, algorithm: str, seed: int, folder: str) -> tuple[l
         "bf16": False,
     }
     trainer_class, args = (
-        (CPGDTrainer, CPGDConfig(**row_settings("cpgd"), **settings))
+        (CPGDTrainer, CPGDConfig(**SETTINGS["cpgd"], **settings))
         if algorithm == "cpgd"
         else (GRPOTrainer, GRPOConfig(loss_type="grpo", **settings))
     )

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from minicpgd import TrainConfig
 from minicpgd.cli.progress import Bars, console
-from minicpgd.experiments.catalogue import row_settings
+from minicpgd.experiments.endurance import REMEDIES
 from minicpgd.models.policy import quiet
 from minicpgd.plots.style import COLOURS, styled
 from minicpgd.training.loop import Callbacks, train
@@ -51,7 +51,7 @@ def main(steps: int = STEPS) -> None:
             started = time.process_time()
 
         # The published run has the first default of the package: a large drift, and no stop.
-        config = TrainConfig(**row_settings("cpgd"), max_steps=steps, output_dir=str(Path(folder) / "run"))
+        config = TrainConfig(**REMEDIES["CPGD, α = max A"], max_steps=steps, output_dir=str(Path(folder) / "run"))
         train(config, callbacks=Callbacks(on_step=measure))
     table = pd.DataFrame(rows, columns=["step", "held_mib", "cpu_seconds", "tokens_per_response", "reward"])
     console.print(summary(table).to_string(index=False))

@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from minicpgd import TrainConfig
-from minicpgd.experiments.catalogue import row_settings
+from minicpgd.experiments.endurance import REMEDIES
 from minicpgd.experiments.runner import run_all
 from minicpgd.models.logprobs import token_logprobs
 from minicpgd.models.policy import Policy, load_policy, quiet
@@ -58,7 +58,7 @@ def main() -> None:
         configs = [
             TrainConfig(
                 load_in_4bit=True, lora_r=16, learning_rate=rate, seed=seed, max_steps=30, eval_steps=30,
-                output_dir=f"{name}/{rate:g}-{seed}", **row_settings("cpgd"),  # the package's first default
+                output_dir=f"{name}/{rate:g}-{seed}", **REMEDIES["CPGD, α = max A"],  # the package's first default
             )
             for rate in LEARNING_RATES
             for seed in SEEDS

@@ -30,10 +30,13 @@ from minicpgd.experiments.early_warning import collapse_step
 from minicpgd.experiments.outcome import collapsed, outcome
 from minicpgd.experiments.statistics import wilson
 from minicpgd.experiments.tables import SUMMARIES, percent
+from minicpgd.plots import run_labels
 from minicpgd.training.run_folder import load_run, load_timings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("results", "default", "qlora", "metrics", "peers", "reliability")]
+PAGES.append(ROOT / "results" / "README.md")
+DEMO_SEEDS = range(5)
 TIMINGS = {
     "rollout_seconds": "s",
     "update_seconds": "s",
@@ -266,9 +269,30 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
+def demo() -> pd.DataFrame:
+    """The runs of the demo, a row each, with the values of the seeds in order."""
+    by_seed = [demo_configs(ROOT / "results" / "demo" / f"seed{seed}", seed) for seed in DEMO_SEEDS]
+    rows = []
+    for label, *configs in zip(run_labels(by_seed[0]), *by_seed, strict=True):
+        rewards = [load_run(config.folder).metrics["reward"][-5:].mean() for config in configs]
+        outcomes = [outcome(config.folder) for config in configs]
+        row = {
+            "run": label,
+            "reward, last 5 steps": ", ".join(f"{reward:.2f}" for reward in rewards),
+            "greedy accuracy at the end": ", ".join(f"{o.accuracy_final:.2f}" for o in outcomes),
+            "best": ", ".join(f"{o.accuracy_best:.2f}" for o in outcomes),
+            "collapsed": f"{sum(o.collapsed for o in outcomes)} of {len(outcomes)}",
+            "largest KL": f"{max(o.kl_largest for o in outcomes):.2g}",
+            "updates per rollout": f"{np.mean([o.updates_mean for o in outcomes]):.0f}",
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 @cache
 def _demo() -> list[tuple[Path, bool, bool, int]]:
-    folders = [ROOT / "results" / "demo" / f"seed{s}" / c.algorithm for s in (0, 1, 2) for c in demo_configs(Path(), s)]
+    configs = [c for s in DEMO_SEEDS for c in demo_configs(ROOT / "results" / "demo" / f"seed{s}", s)]
+    folders = [config.folder for config in configs]
     outcomes = [outcome(folder) for folder in folders]
     falls = [collapse_step(load_run(folder).metrics["reward"]) for folder in folders]
     return [(f, o.collapsed, o.healthy, fall) for f, o, fall in zip(folders, outcomes, falls, strict=True)]
@@ -283,12 +307,13 @@ def _demo_timings(name: str) -> Traces:
     fell = {folder: int(fall) for folder, collapsed, _, fall in _demo() if collapsed}
     well = [folder for folder, _, healthy, _ in _demo() if healthy]
     table = pd.DataFrame(values)
-    drift = pd.Series({folder: "cpgd" in folder.name for folder in fell}, dtype=bool)
+    drift = pd.Series({folder: folder.name == "cpgd" for folder in fell}, dtype=bool)
     return Traces(table[well], table[list(fell)], pd.Series(fell), drift)
 
 
 _MEASURED = (
-    made, merging, memory, generation, collapse_in_trl, vs_trl, faults, long_run, which_tokens, which_clip, mutants
+    made, demo, merging, memory, generation, collapse_in_trl, vs_trl, faults, long_run, which_tokens, which_clip,
+    mutants,
 )  # fmt: skip
 BENCHMARKS = {function.__name__: function for function in _MEASURED}
 TABLES = BENCHMARKS | {"metrics": metric_summary}

@@ -349,7 +349,7 @@ compare(REWARD | {"completion_length": "tokens", "kl_old": "nats per token"}, ri
 # is a poor baseline, but it is one. In the right code each prompt's advantages add up to 0. In the wrong one those of
 # the second prompt add up to 8.83, because it is easy: all eight responses to it were right.
 #
-# *In your own log:* `samples.jsonl` has a whole group. Its advantages must add up to 0.
+# *In your own log:* `samples.jsonl` has whole groups. The advantages of each must add up to 0.
 # *Caught by* `test_advantages.py::test_group_normalised`, `test_museum.py::test_a_group_is_the_responses_to_one_prompt`
 #
 # ## What these bugs teach

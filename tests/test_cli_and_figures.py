@@ -19,8 +19,7 @@ from minicpgd.experiments import outcome, run_all
 from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.models import EMBEDDED, load_policy
 from minicpgd.models.pretrain import largest_difference, measure, pretrain
-from minicpgd.plots.runs import _labels
-from minicpgd.training.run_folder import Run
+from minicpgd.plots.runs import run_labels
 
 
 @pytest.fixture
@@ -42,32 +41,32 @@ def cli(monkeypatch, capsys):
 
 
 def test_the_demo_from_end_to_end(tmp_path, monkeypatch, cli):
-    """It trains all four algorithms in processes of their own, with a sixteenth of the updates and few evaluations."""
+    """It trains all runs in processes of their own, with a sixteenth of the updates and few evaluations."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "minicpgd.experiments.catalogue.demo_configs", lambda *a: [replace(c, eval_steps=5) for c in demo_configs(*a)]
     )
     out = cli("demo", "--max-steps", 10, "--num-iterations", 1)
-    for words in ("CPGD", "GRPO", "RLOO", "REINFORCE++", "collapsed", "curves.png", "minicpgd sample runs/demo/cpgd"):
+    labels = ("CPGD + KL stop", "GRPO + KL stop", "CPGD", "GRPO", "RLOO", "REINFORCE++")
+    for words in (*labels, "collapsed", "curves.png", "minicpgd sample runs/demo/cpgd_kl_stop"):
         assert words in out
     for figure in ("curves.png", "ratios.png"):
         assert (tmp_path / "runs" / "demo" / figure).stat().st_size > 20_000
     result = outcome(tmp_path / "runs" / "demo" / "cpgd")
-    (row,) = [line for line in out.splitlines() if re.match(r" *CPGD .* (yes|no) ", line)]
+    (row,) = [line for line in out.splitlines() if re.match(r" *CPGD  .* (yes|no) ", line)]
     assert f"{result.accuracy_before:.2f}" in row
     assert f"{result.accuracy_final:.2f}" in row
     assert result.accuracy_best >= result.accuracy_final > result.accuracy_before
 
 
-def test_the_runs_of_the_demo_differ_in_the_row_alone(tmp_path):
-    """A row without a drift has the default of drift_coef, which nothing reads."""
+def test_the_runs_of_the_demo_differ_in_the_row_and_the_stop_alone(tmp_path):
     configs = demo_configs(tmp_path, seed=3)
-    assert [c.algorithm for c in configs] == ["cpgd", "grpo", "rloo", "reinforce_pp"]
-    same = [{k: v for k, v in vars(c).items() if k not in ("algorithm", "drift_coef", "output_dir")} for c in configs]
-    assert same[0] == same[1] == same[2] == same[3]
-    assert configs[0].updates_per_rollout == 64
-    assert configs[0].drift_coef == "max_advantage"
-    assert configs[0].target_kl is None
+    assert [c.algorithm for c in configs] == ["cpgd", "grpo", "cpgd", "grpo", "rloo", "reinforce_pp"]
+    assert [c.target_kl for c in configs] == [TrainConfig().target_kl] * 2 + [None] * 4
+    same = [{k: v for k, v in vars(c).items() if k not in ("algorithm", "target_kl", "output_dir")} for c in configs]
+    assert all(settings == same[0] for settings in same)
+    assert len({c.folder for c in configs}) == 6
+    assert (configs[0].updates_per_rollout, configs[0].drift_coef) == (64, TrainConfig().drift_coef)
 
 
 def test_sample_evaluate_and_plot_show_a_run(small, tmp_path, cli, monkeypatch):
@@ -124,7 +123,7 @@ def test_the_version_is_printed(cli):
     ("words", "advice"),
     [
         ("demo", "; the same command begins a new demo"),
-        ("study map", "; the same command continues the study"),
+        ("study fair", "; the same command continues the study"),
         ("sample", ""),
         ("plot run", ""),
     ],
@@ -200,14 +199,14 @@ def test_the_figures_show_the_runs(small):
         ([{}, {"algorithm": "grpo", "learning_rate": 1e-3}], ["CPGD", "GRPO"]),
         ([{}, {"learning_rate": 1e-3}], ["CPGD, learning_rate 0.0001", "CPGD, learning_rate 0.001"]),
         ([{"seed": 3}, {"algorithm": "grpo", "seed": 4}], ["CPGD, seed 3", "GRPO, seed 4"]),
-        ([{}, {"target_kl": None}, {"algorithm": "pg"}], ["CPGD, target_kl 0.003", "CPGD, target_kl None", None]),
+        ([{}, {"target_kl": None}, {"algorithm": "grpo"}], ["CPGD + KL stop", "CPGD", "GRPO + KL stop"]),
+        ([{}, {"target_kl": 0.01}], ["CPGD, target_kl 0.003", "CPGD, target_kl 0.01"]),
         ([{"model": "/a/x"}, {"model": "/b/y"}], ["CPGD, model x", "CPGD, model y"]),
         ([{"output_dir": "runs/a"}, {"output_dir": "runs/b", "max_steps": 9}], ["CPGD, a", "CPGD, b"]),
     ],
 )
 def test_a_line_is_named_by_what_tells_its_run_apart(changes, labels):
-    runs = [Run(TrainConfig(**change), {}, {}) for change in changes]
-    assert [found for found, wanted in zip(_labels(runs), labels, strict=True) if wanted] == list(filter(None, labels))
+    assert run_labels([TrainConfig(**change) for change in changes]) == labels
 
 
 def test_a_run_that_fails_in_its_own_process_raises_its_line_here(small):

@@ -571,12 +571,12 @@ def test_a_log_is_whole_whatever_its_responses_contain(character, small, tmp_pat
     settings = {"model": str(tmp_path / "model"), "task": "jsonl", "data": str(tmp_path / "p.jsonl")}
     run = train(small(**settings, logging_steps=1, max_steps=2))
     samples = load_run(run).samples
-    assert len(samples) == 8
+    assert len(samples) == 2 * 8
     assert all(character in row["prompt"] for row in samples)
     written = (run / "samples.jsonl").read_bytes()
     train(small(**settings, logging_steps=1, max_steps=3), resume=True)
     assert (run / "samples.jsonl").read_bytes().startswith(written)
-    assert [row["step"] for row in load_run(run).samples] == [1] * 4 + [2] * 4 + [3] * 4
+    assert [row["step"] for row in load_run(run).samples] == [1] * 8 + [2] * 8 + [3] * 8
 
 
 def test_generate_takes_settings_by_name_and_refuses_one_that_does_not_exist(policy):

@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 from programs import Program, minicpgd
 
-from minicpgd import ALGORITHMS, TrainConfig, UserError, load_run, plots, train
+from minicpgd import TrainConfig, UserError, load_run, plots, train
 from minicpgd.cli.main import main
 from minicpgd.experiments import QUICK, STUDIES, Part, Study, run_study, warning_study
-from minicpgd.experiments.catalogue import BASE, FOUR, anatomy_study, drift_study, fair_study, map_study
+from minicpgd.experiments.catalogue import FOUR, fair_study
 from minicpgd.experiments.default_rule import setting_names
 from minicpgd.experiments.early_warning import Rule, Trace, collapse_step, first_alarm, fit, judge
 from minicpgd.experiments.endurance import (
@@ -34,14 +34,7 @@ from minicpgd.experiments.endurance import (
 from minicpgd.experiments.outcome import collapsed, first_fall, outcome, window_means
 from minicpgd.experiments.runner import _check_same, _finish
 from minicpgd.experiments.statistics import bootstrap_mean, wilson
-from minicpgd.experiments.tables import (
-    anatomy_summary,
-    drift_summary,
-    fair_summary,
-    map_summary,
-    stabilisers_summary,
-    tolerated_rate,
-)
+from minicpgd.experiments.tables import fair_summary, stabilisers_summary, tolerated_rate
 from minicpgd.recipes import save_config
 from minicpgd.training import Callbacks
 from minicpgd.training.run_folder import resolved
@@ -304,23 +297,19 @@ def arms(study):
 
 
 def test_the_studies_have_the_settings_that_they_announce(tmp_path):
-    cells, seeds = arms(STUDIES["map"])
-    grid = {(c["algorithm"], c["learning_rate"], c["num_iterations"] * 4) for c in cells}
-    assert grid == set(itertools.product(FOUR, (3e-5, 1e-4, 3e-4, 1e-3), (4, 16, 64)))
-    assert len(cells) * len(seeds) == 240
-    cells, _ = arms(STUDIES["drift"])
-    assert {c["drift_coef"] for c in cells} >= {0.0, 30.0, "max_advantage"}
-    assert {(c["num_generations"], c["advantage_weight"]) for c in cells} == set(
-        itertools.product((4, 16), ("std", "equal"))
-    )
+    cells, seeds = arms(STUDIES["stabilisers"])
+    grid = {(c["learning_rate"], c["num_iterations"] * 4) for c in cells}
+    assert grid == set(itertools.product((3e-5, 1e-4, 3e-4, 1e-3), (4, 16, 64)))
+    assert len(cells) == len(grid) * len(ON_THE_MAP)
+    assert len(seeds) == 3
     for study in (*STUDIES.values(), *QUICK.values()):
         for config in study.runs(study.parts[0], pd.DataFrame(), tmp_path)["config"]:
             assert config.num_responses == 64  # All have rollouts of one size.
-            assert config.max_steps == study.base.get("max_steps", config.max_steps) or study.name == "default"
-    names = {c["algorithm"] for c in arms(anatomy_study())[0]}
-    assert {"cpgd", "cpg", "pgd", "grpo_drift", "grpo_dual_clip", "grpo_unclipped", "rloo_drift", "grpo"} < names
-    assert drift_study().name == "drift"
-    assert len(map_study(rates=(1e-4,)).parts[0].settings(pd.DataFrame())) == 12
+    steps = {
+        p.name: {c.max_steps for c in STUDIES["endurance"].runs(p, pd.DataFrame(), tmp_path)["config"]}
+        for p in STUDIES["endurance"].parts
+    }
+    assert steps == {"K = 4": {500}, "K = 8": {500}, "Figure 1": {500}, "K = 64": {100}}
 
 
 def test_a_fair_search_gives_each_algorithm_the_same_chances():
@@ -353,7 +342,7 @@ def trace(signal, collapse, healthy=False):
     """A run with this signal, which collapses at this step, or not at all."""
     metrics = {"step": np.arange(1, 11), "kl_old": np.array(signal, dtype=float)}
     has_collapsed = collapse is not None
-    return Trace(metrics, has_collapsed, healthy, collapse if has_collapsed else math.nan, drift=False)
+    return Trace(metrics, has_collapsed, healthy, collapse if has_collapsed else math.nan, guard="neither")
 
 
 def test_the_judgement_of_a_rule_agrees_with_one_by_hand():
@@ -378,35 +367,33 @@ def test_the_judgement_of_a_rule_agrees_with_one_by_hand():
 def test_the_warning_study_needs_runs_of_other_studies(uninterrupted, tmp_path):
     with pytest.raises(UserError, match="make one first"):
         warning_study(tmp_path, tmp_path / "warning")
-    shutil.copytree(uninterrupted[0] / "tiny", tmp_path / "map")
+    shutil.copytree(uninterrupted[0] / "tiny", tmp_path / "stabilisers")
     with pytest.raises(UserError, match="too few runs"):
         warning_study(tmp_path, tmp_path / "warning")
 
 
 def test_the_command_study_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """It makes a map of one cell with two seeds, in one worker. The figures show the numbers of the table."""
+    """It makes one cell of the map with two seeds, in one worker. The figures show the numbers of the table."""
     monkeypatch.setattr(sys, "path", [*sys.path])
+    names = ("GRPO", "CPGD, α = 0.01", "CPGD, α = max A", "CPGD, default")
+    quick = stabilisers_study(rates=(1e-4,), updates=(8,), seeds=(100, 101), names=names, max_steps=10)
     small = {"num_prompts": 2, "num_generations": 4, "max_completion_length": 16, "eval_steps": 5, "eval_problems": 16}
-    monkeypatch.setattr("minicpgd.experiments.catalogue.BASE", BASE | small)
-    monkeypatch.setitem(QUICK, "map", map_study(rates=(1e-4,), updates=(4,), seeds=(100, 101), max_steps=10))
-    arguments = ["study", "map", "--quick", "--folder", str(tmp_path), "--jobs", "1"]
+    monkeypatch.setitem(QUICK, "stabilisers", replace(quick, base=quick.base | small))
+    arguments = ["study", "stabilisers", "--quick", "--folder", str(tmp_path), "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", ["minicpgd", *arguments])
     main()
-    out = capsys.readouterr().out
-    assert QUICK["map"].asks in out
+    out, folder = capsys.readouterr().out, tmp_path / "stabilisers-quick"
+    assert quick.asks in out
     assert "8 of 8 runs" in out
-    for name in ("study.csv", "map.png", "frontiers.png", "map_curves.png"):
-        assert str(tmp_path / "map-quick" / name) in out
-        assert (tmp_path / "map-quick" / name).stat().st_size > 1000
-    heat = plots.map_heat(tmp_path / "map-quick")
-    table = pd.read_csv(tmp_path / "map-quick" / "study.csv")
-    for axis, (name, rows) in zip(heat.axes, table.groupby("algorithm", sort=False), strict=False):
-        assert axis.get_title(loc="left").startswith(ALGORITHMS[name].label)
-        assert f"{rows['accuracy_final'].mean():.2f}" in [text.get_text() for text in axis.texts]
-    for figure in (plots.map_frontiers(tmp_path / "map-quick"), plots.map_curves(tmp_path / "map-quick")):
-        assert all(
-            axis.get_ylabel() for axis in figure.axes if axis.get_visible() and axis.get_subplotspec().is_first_col()
-        )
+    for name in ("study.csv", "map.png", "stabilisers.png", "passes.png"):
+        assert str(folder / name) in out
+        assert (folder / name).stat().st_size > 1000
+    table = pd.read_csv(folder / "study.csv")
+    table = table.assign(name=setting_names(table, REMEDIES))
+    heat = {axis.get_title(loc="left").split("\n")[0]: axis for axis in plots.map_heat(folder).axes if axis.texts}
+    assert heat.keys() == {*names}
+    for name, rows in table.groupby("name"):
+        assert f"{rows['accuracy_final'].mean():.2f}" in [text.get_text() for text in heat[name].texts]
     monkeypatch.setattr(sys, "argv", ["minicpgd", "plot", "--all", "--results", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
@@ -425,44 +412,7 @@ def test_the_tolerated_rate_agrees_with_one_by_hand():
     assert tolerated_rate(rows).tolist() == pytest.approx([1e-3, 1e-2, 1e-4])
 
 
-def test_the_summary_of_a_map_agrees_with_one_by_hand(tmp_path):
-    """There are two algorithms, two rates and two seeds. CPGD is healthy in 3 of 4 runs, GRPO in 1 of 4."""
-    cells = itertools.product(("cpgd", "grpo"), (1e-4, 1e-2), (1, 2))
-    rows = [dict(zip(("algorithm", "learning_rate", "seed"), cell, strict=True)) for cell in cells]
-    table = pd.DataFrame(rows).assign(updates_per_rollout=64)
-    table["accuracy_final"] = [1.0, 1.0, 0.0, 0.8, 1.0, 0.3, 0.0, 0.0]
-    table["collapsed"] = [False, False, True, False, False, False, True, True]
-    table["healthy"] = [True, True, False, True, True, False, False, False]
-    table.to_csv(tmp_path / "study.csv")
-    cpgd, grpo = map_summary(tmp_path).to_dict("records")
-    assert cpgd["healthy share of the map"] == "75 % [50, 100]"
-    assert grpo["healthy share of the map"] == "25 % [0, 50]"
-    assert grpo["CPGD's is larger by"] == "50 points [0, 100]"
-    assert cpgd["collapsed at K = 64"] == "1 of 4"
-    assert cpgd["collapsed at K = 64, lr 1e-2"] == "1 of 2, 50 % [9, 91]"  # This is Wilson's interval.
-    assert grpo["collapsed at K = 64, lr 1e-2"] == "2 of 2, 100 % [34, 100]"
-    assert cpgd["learning rate tolerated at K = 64"].startswith("3.2e-3 [1.0e-3, 1.0e-2]")
-    assert grpo["learning rate tolerated at K = 64"].startswith("≤ ")  # At the smallest rate one seed is below half.
-    assert grpo["CPGD tolerates, times that"].startswith("≥ 10.0 [")
-
-
-def test_the_summary_of_a_drift_study_agrees_with_one_by_hand(tmp_path):
-    accuracies = {"0.0": (0.1, 0.3), "3.0": (0.8, 0.9), "30.0": (0.9, 0.5), "max_advantage": (0.6, 0.8)}
-    rows = [
-        {"drift_coef": coef, "seed": seed, "accuracy_final": final, "drift_coef_mean": 2.5}
-        for coef, finals in accuracies.items()
-        for seed, final in enumerate(finals)
-    ]
-    table = pd.DataFrame(rows).assign(num_generations=4, advantage_weight="std", learning_rate=1e-4)
-    table.assign(advantage_max_mean=1.5, advantage_min_mean=-2.0).to_csv(tmp_path / "study.csv")
-    (row,) = drift_summary(tmp_path).to_dict("records")
-    assert row["advantages"] == "G = 4, std, lr 1e-4"
-    assert (row["largest of A"], row["largest of −A"], row["α of the rule, mean"]) == ("1.50", "2.00", "2.50")
-    assert (row["best α of the grid"], row["accuracy there"]) == ("3", "0.85 [0.80, 0.90]")
-    assert (row["accuracy at α = 0"], row["accuracy of the rule"]) == ("0.20 [0.10, 0.30]", "0.70 [0.60, 0.80]")
-
-
-def test_the_summaries_of_the_fair_study_and_of_the_anatomy_agree_with_those_by_hand(tmp_path):
+def test_the_summary_of_the_fair_study_agrees_with_one_by_hand(tmp_path):
     """Differences are taken seed by seed, and the report leaves the search out."""
     report = {"cpgd": (0.9, 0.7), "grpo": (0.8, 0.6)}
     rows = [
@@ -471,22 +421,21 @@ def test_the_summaries_of_the_fair_study_and_of_the_anatomy_agree_with_those_by_
         for seed, final in enumerate(finals)
     ]
     rows += [{"part": "search", "algorithm": "grpo", "seed": 9, "accuracy_final": 0.0, "reward_last": 0.0}]
-    table = pd.DataFrame(rows).assign(learning_rate=3e-5, epsilon=0.1, beta=0.0, collapsed=False, accuracy_best=1.0)
+    table = pd.DataFrame(rows).assign(
+        learning_rate=3e-5, epsilon=0.1, beta=0.0, collapsed=False, target_kl=[None, None, 0.003, 0.003, 0.003]
+    )
     table.loc[3, "collapsed"] = True
     table.to_csv(tmp_path / "study.csv")
     cpgd, grpo = fair_summary(tmp_path).to_dict("records")
     assert (cpgd["final accuracy"], cpgd["minus CPGD's"]) == ("0.80 [0.70, 0.90]", "")
     assert (grpo["minus CPGD's"], grpo["reward minus CPGD's"]) == ("-0.10 [-0.10, -0.10]", "-0.05 [-0.05, -0.05]")
     assert (grpo["learning rate"], grpo["ε"], grpo["collapsed"]) == ("3e-05", "0.1", "1 of 2")
-    table.assign(beta=[0.0, 0.0, 0.4, 0.4, 0.4]).query("part == 'report'").to_csv(tmp_path / "study.csv")
-    first, second = anatomy_summary(tmp_path).to_dict("records")
-    assert (first["variant"], second["variant"]) == ("CPGD", "GRPO, β = 0.4")
-    assert (second["collapsed"], second["share"]) == ("1 of 2", "50 % [9, 91]")
+    assert (cpgd["stop"], grpo["stop"]) == ("none", "0.003")
 
 
 def test_the_summary_of_the_stabilisers_agrees_with_one_by_hand(tmp_path):
     """Of two remedies the stop is healthy in both cells, makes 6 of 64 updates, and takes a quarter of the time."""
-    study = stabilisers_study(rates=(1e-4, 3e-4), updates=(64,), seeds=(100,), names=("GRPO", "stop 0.003"))
+    study = stabilisers_study(rates=(1e-4, 3e-4), updates=(64,), seeds=(100,), names=("GRPO", "GRPO, stop 0.003"))
     table = study.runs(study.parts[0], pd.DataFrame(), tmp_path).drop(columns="config")
     is_stop = table["target_kl"].notna()
     table = table.assign(
@@ -496,10 +445,10 @@ def test_the_summary_of_the_stabilisers_agrees_with_one_by_hand(tmp_path):
     seconds = pd.DataFrame({"run": table["run"], "rollout_seconds": 1.0, "update_seconds": np.where(is_stop, 1.0, 7.0)})
     seconds.to_csv(tmp_path / "seconds.csv", index=False)
     summary = stabilisers_summary(tmp_path).set_index("remedy")
-    assert list(summary.index) == ["stop 0.003", "GRPO"]
+    assert list(summary.index) == ["GRPO, stop 0.003", "GRPO"]
     assert summary["updates per rollout, K = 64"].tolist() == ["6.0", "64.0"]
     assert summary["time, K = 64, GRPO = 1"].tolist() == ["0.25", "1.00"]
     assert summary["learning rate tolerated, K = 64"].tolist() == ["3.0e-4", "1.0e-4"]
     assert [label.get_text() for label in plots.stabilisers_price(tmp_path).axes[0].get_yticklabels()][
         -1
-    ] == "stop 0.003"
+    ] == "GRPO, stop 0.003"

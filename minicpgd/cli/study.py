@@ -20,7 +20,7 @@ from minicpgd.errors import Range, UserError
 if TYPE_CHECKING:
     from minicpgd.experiments import Study
 
-StudyName = Literal["map", "drift", "anatomy", "fair", "default", "endurance", "stabilisers", "warning"]
+StudyName = Literal["stabilisers", "endurance", "fair", "default", "warning"]
 COLUMNS = ("algorithm", "before", "best", "final", "reward", "collapsed", "max KL", "updates", "sec.")
 
 

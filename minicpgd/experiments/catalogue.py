@@ -3,20 +3,16 @@ r"""The demo and the studies: the question, the algorithms, the settings and the
 Each study is a function of what may be made smaller: `STUDIES` has the full ones, `QUICK` those that take minutes. The
 seeds from 100 on were not used for anything before. The seeds of a search are never used for its report.
 
-The studies of this file have the same rollout budget: 20 rollouts of 8 problems x 8 responses. They differ in the
-learning rate and in K, the number of updates on a rollout. The study `default` is in `default_rule.py`; `endurance` and
-`stabilisers` are in `endurance.py`.
+`endurance.py` has the two largest studies, and `default_rule.py` the one that chose the default.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
-from minicpgd.algorithms import ALGORITHMS
 from minicpgd.config import TrainConfig
 from minicpgd.experiments.default_rule import default_study
 from minicpgd.experiments.endurance import endurance_study, stabilisers_study
@@ -28,15 +24,10 @@ DEMO: Settings = {
     "max_steps": 20, "num_prompts": 16, "num_generations": 8, "num_iterations": 16, "num_minibatches": 4,
     "learning_rate": 2e-4, "eval_steps": 2, "logging_steps": 1,
 }  # fmt: skip
+QUICK_NAMES = ("GRPO", "CPGD, α = 0.01", "CPGD, α = max A", "GRPO, stop 0.003", "CPGD, default")
 FOUR = ("cpgd", "grpo", "rloo", "reinforce_pp")
 BASE: Settings = {"max_steps": 20, "num_prompts": 8, "num_generations": 8, "eval_steps": 2, "logging_steps": 5}
 HARD: Settings = {"learning_rate": 1e-4, "num_iterations": 16}  # This makes K = 64.
-
-
-def row_settings(name: str) -> Settings:
-    """A row as the studies have it: without a stop, and with the drift of the first default, max_advantage."""
-    drift = {"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {}
-    return {"algorithm": name, "target_kl": None} | drift
 
 
 def demo_configs(folder: Path, seed: int = 0) -> list[TrainConfig]:
@@ -51,50 +42,6 @@ def demo_configs(folder: Path, seed: int = 0) -> list[TrainConfig]:
         TrainConfig(algorithm=name, output_dir=str(folder / name), seed=seed, target_kl=None, **DEMO) for name in FOUR
     ]
     return stopped + papers
-
-
-def _always(settings: list[Settings]) -> Callable[[pd.DataFrame], list[Settings]]:
-    return lambda so_far: settings
-
-
-def map_study(
-    rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3),
-    updates: Sequence[int] = (4, 16, 64),
-    seeds: Sequence[int] = range(100, 105),
-    max_steps: int = 20,
-) -> Study:
-    """The main study: learning rate x updates per rollout, for four algorithms."""
-    cells = product(updates, rates, FOUR)
-    grid = [row_settings(row) | {"learning_rate": rate, "num_iterations": k // 4} for k, rate, row in cells]
-    asks = "How hard may each algorithm be pushed: how often can a rollout be reused, how large may the step be?"
-    return Study("map", asks, BASE | {"max_steps": max_steps}, [Part("map", seeds, _always(grid))])
-
-
-def drift_study(
-    coefs: Sequence[float | str] = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0, "max_advantage"),
-    seeds: Sequence[int] = range(100, 103),
-    max_steps: int = 20,
-) -> Study:
-    r"""$\alpha$ from 0 to 30 beside `max_advantage`, for advantages of different size."""
-    shapes = [*product((4, 16), ("std", "equal"), (1e-4,)), (16, "std", 2e-4)]
-    grid: list[Settings] = [
-        HARD
-        | row_settings("cpgd")
-        | {"num_generations": g, "num_prompts": 64 // g, "advantage_weight": w, "learning_rate": rate, "drift_coef": c}
-        for (g, w, rate), c in product(shapes, coefs)
-    ]
-    asks = "How large should the drift's coefficient be, and does the best one follow the size of the advantages?"
-    return Study("drift", asks, BASE | {"max_steps": max_steps}, [Part("drift", seeds, _always(grid))])
-
-
-def anatomy_study(seeds: Sequence[int] = range(100, 108), max_steps: int = 20) -> Study:
-    """CPGD taken apart, the other algorithms with its drift, and GRPO with a KL to the reference instead."""
-    grpo = ("grpo", "grpo_drift", "grpo_dual_clip", "grpo_unclipped")
-    rows = ("cpgd", "cpg", "pgd", "pg", *grpo, "rloo", "rloo_drift", "reinforce_pp", "reinforce_pp_drift")
-    arms: list[Settings] = [HARD | row_settings(row) for row in rows]
-    arms += [HARD | row_settings("grpo") | {"beta": beta} for beta in (0.04, 0.4)]
-    asks = "Which half of CPGD does the work, and does it help the others as much?"
-    return Study("anatomy", asks, BASE | {"max_steps": max_steps}, [Part("anatomy", seeds, _always(arms))])
 
 
 def fair_study(
@@ -125,17 +72,14 @@ def fair_study(
     return Study("fair", asks, BASE | {"max_steps": max_steps}, parts)
 
 
-_ALL = (map_study, drift_study, anatomy_study, fair_study, default_study, endurance_study, stabilisers_study)
+_ALL = (stabilisers_study, endurance_study, fair_study, default_study)
 STUDIES = {study.name: study for study in (make() for make in _ALL)}
 QUICK = {
     study.name: replace(study, quick=True)
     for study in (
-        map_study(rates=(1e-4, 3e-4), updates=(4, 64), seeds=range(100, 102), max_steps=12),
-        drift_study(coefs=(0.0, 3.0, "max_advantage"), seeds=(100,), max_steps=10),
-        anatomy_study(seeds=(100,), max_steps=10),
+        stabilisers_study(rates=(1e-4, 3e-4), updates=(4, 64), seeds=range(100, 102), names=QUICK_NAMES, max_steps=12),
+        endurance_study(seeds=(100,), rates=(2e-4,), max_steps=20, reused_steps=10),
         fair_study(draws=2, seeds=(300,), max_steps=10),
         default_study(seeds=(100,), sizes=(8,), rates=(2e-4,), map_rates=(1e-4, 3e-4), max_steps=20),
-        endurance_study(seeds=(100,), rates=(2e-4,), max_steps=20, reused_steps=10),
-        stabilisers_study(rates=(1e-4, 3e-4), updates=(4, 64), seeds=(100,), max_steps=10),
     )
 }

@@ -7,8 +7,9 @@ down before it was tried on any run:
   with the next two, are below 80 % of the best mean of three so far, or of the reward at the start.
 - A rule says that the metric is above (or below) a threshold. It *announces* a collapse if it fires at a step before
   the collapse step: the updates of step t change a metric before they change the reward of step t + 1. It is a *false
-  alarm* if it fires anywhere in a run that did not collapse. Two columns were added after the first look: alarms in
-  healthy runs alone, since other runs may end badly too, and collapses with and without the drift.
+  alarm* if it fires anywhere in a run that did not collapse. Some columns were added after the first look: alarms in
+  healthy runs alone, since other runs may end badly too, and the same by *guard*, that is, by what limits a run's KL: a
+  stop, a drift with an α of at least 0.1, or neither.
 - Side and threshold are fitted on the runs with even seeds (largest share announced minus share of false alarms). They
   are judged on those with odd seeds.
 """
@@ -26,12 +27,14 @@ from minicpgd.experiments.runner import write_table
 from minicpgd.experiments.statistics import Estimate, wilson
 from minicpgd.files import versions
 
-SOURCES = ("map", "drift", "anatomy", "fair")
+SOURCES = ("stabilisers", "fair")
 SIGNALS = (
     *("kl_old", "ratio_p99", "ratio_p01", "ratio_max", "ratio_min"),
     *("clip_frac", "clip_frac_pos", "clip_frac_neg", "grad_norm", "entropy", "completion_length"),
 )
 FALL = 0.8
+LARGE = 0.1  # A smaller α than this limits no KL here; the authors have 0.01.
+GUARDS = ("neither", "drift", "stop")
 
 
 class Rule(NamedTuple):
@@ -49,7 +52,7 @@ class Trace(NamedTuple):
     collapsed: bool
     healthy: bool
     collapse: float
-    drift: bool  # whether its algorithm has a drift
+    guard: str  # one of `GUARDS`
 
 
 def collapse_step(reward: np.ndarray) -> float:
@@ -114,9 +117,15 @@ def load_traces(folders: list[Path]) -> tuple[list[Trace], list[Trace]]:
     for run, rows in steps.groupby("run", sort=True):
         row, began = outcomes.loc[run], collapse_step(rows["reward"].to_numpy())
         metrics = {name: rows[name].to_numpy()[1:] for name in ("step", *SIGNALS)}  # Line 0 is before training.
-        drift = ALGORITHMS[row["algorithm"]].drift and row["drift_coef_mean"] > 0
-        halves[int(row["seed"]) % 2].append(Trace(metrics, bool(row["collapsed"]), bool(row["healthy"]), began, drift))
+        outcome = (bool(row["collapsed"]), bool(row["healthy"]), began)
+        halves[int(row["seed"]) % 2].append(Trace(metrics, *outcome, _guard(row)))
     return halves
+
+
+def _guard(run: pd.Series) -> str:
+    if pd.notna(run.get("target_kl")):
+        return "stop"
+    return "drift" if ALGORITHMS[run["algorithm"]].drift and run["drift_coef_mean"] >= LARGE else "neither"
 
 
 def warning_study(studies: Path, folder: Path, *, quick: bool = False) -> Path:
@@ -128,7 +137,7 @@ def warning_study(studies: Path, folder: Path, *, quick: bool = False) -> Path:
     names = [f"{name}-quick" if quick else name for name in SOURCES]
     found = [studies / name for name in names if (studies / name / "steps.csv.gz").exists()]
     if not found:
-        hint = f"make one first, for example by `minicpgd study map{' --quick' * quick}`"
+        hint = f"make one first, for example by `minicpgd study stabilisers{' --quick' * quick}`"
         raise UserError(f"{studies}: it has none of the studies {', '.join(names)}; {hint}")
     even, odd = load_traces(found)
     if any(len({trace.collapsed for trace in half}) < 2 for half in (even, odd)):
@@ -137,14 +146,12 @@ def warning_study(studies: Path, folder: Path, *, quick: bool = False) -> Path:
     for signal in SIGNALS:
         rule = fit(signal, even)
         counts = judge(rule, odd)
-        with_drift = judge(rule, [trace for trace in odd if trace.drift])
-        without_drift = judge(rule, [trace for trace in odd if not trace.drift])
+        by_guard = {name: judge(rule, [trace for trace in odd if trace.guard == name]) for name in GUARDS}
         shares = {
             "announced": (counts["announced"], counts["collapsed"]),
-            "without_drift": (without_drift["announced"], without_drift["collapsed"]),
-            "with_drift": (with_drift["announced"], with_drift["collapsed"]),
+            **{name: (count["announced"], count["collapsed"]) for name, count in by_guard.items()},
             "false": (counts["false_alarms"], counts["not_collapsed"]),
-            "without_drift_false": (without_drift["false_alarms"], without_drift["not_collapsed"]),
+            "neither_false": (by_guard["neither"]["false_alarms"], by_guard["neither"]["not_collapsed"]),
             "healthy": (counts["healthy_alarms"], counts["healthy"]),
         }
         row = {"signal": signal, "fires": "above" if rule.side > 0 else "below", "threshold": rule.threshold, **counts}

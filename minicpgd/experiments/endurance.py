@@ -3,7 +3,8 @@ r"""What keeps a policy alive, for how long, and at what price? The two studies 
 *Endurance* makes long runs at few updates per rollout, and shorter ones at many. *Stabilisers* makes short runs of
 every remedy on the map, learning rate x K.
 
-In: nothing, or a smaller size. Out: a `Study`. `tables.py` and `plots/endurance.py` read their outcomes.
+In: nothing, or a smaller size. Out: a `Study`. `tables.py` and `plots/remedies.py` read their outcomes. In the names,
+*stop* is `target_kl`, *max A* the largest |A| of a rollout, and *decay* a learning rate that falls to zero.
 """
 
 from collections.abc import Sequence
@@ -22,46 +23,46 @@ REMEDIES: dict[str, Settings] = {
     "GRPO": remedy("grpo"),
     "RLOO": remedy("rloo"),
     "REINFORCE++": remedy("reinforce_pp"),
-    "dual clip": remedy("grpo_dual_clip"),
-    "log-ratio clip": remedy("cpg"),
-    "drift 0.01": remedy("cpgd", drift_coef=0.01),  # the authors' α
-    "drift 0.1": remedy("cpgd", drift_coef=0.1),
-    "drift 0.3": remedy("cpgd", drift_coef=0.3),
-    "drift 1": remedy("cpgd", drift_coef=1.0),
-    "drift 3": remedy("cpgd", drift_coef=3.0),
-    "drift max advantage": remedy("cpgd", drift_coef="max_advantage"),
-    "drift adaptive": remedy("cpgd", 0.003, drift_coef="adaptive"),
-    "drift on the ratio 1": remedy("grpo_drift", drift_coef=1.0),
-    "drift without clip 0.01": remedy("pgd", drift_coef=0.01),
-    "neither clip nor drift": remedy("pg"),
-    "reference KL 0.04": remedy("grpo", beta=0.04),
-    "reference KL 0.4": remedy("grpo", beta=0.4),
-    "stop 0.001": remedy("grpo", 0.001),
-    "stop 0.003": remedy("grpo", 0.003),
-    "stop 0.01": remedy("grpo", 0.01),
-    "stop 0.03": remedy("grpo", 0.03),
+    "GRPO, dual clip": remedy("grpo_dual_clip"),
+    "CPGD, α = 0": remedy("cpg"),
+    "CPGD, α = 0.01": remedy("cpgd", drift_coef=0.01),  # the authors' α
+    "CPGD, α = 0.1": remedy("cpgd", drift_coef=0.1),
+    "CPGD, α = 0.3": remedy("cpgd", drift_coef=0.3),
+    "CPGD, α = 1": remedy("cpgd", drift_coef=1.0),
+    "CPGD, α = 3": remedy("cpgd", drift_coef=3.0),
+    "CPGD, α = max A": remedy("cpgd", drift_coef="max_advantage"),
+    "CPGD, α adaptive": remedy("cpgd", 0.003, drift_coef="adaptive"),
+    "GRPO, drift α = 1": remedy("grpo_drift", drift_coef=1.0),
+    "CPGD without clip": remedy("pgd", drift_coef=0.01),
+    "CPGD without both": remedy("pg"),
+    "GRPO, β = 0.04": remedy("grpo", beta=0.04),
+    "GRPO, β = 0.4": remedy("grpo", beta=0.4),
+    "GRPO, stop 0.001": remedy("grpo", 0.001),
+    "GRPO, stop 0.003": remedy("grpo", 0.003),
+    "GRPO, stop 0.01": remedy("grpo", 0.01),
+    "GRPO, stop 0.03": remedy("grpo", 0.03),
     "CPGD, default": remedy("cpgd", 0.003, drift_coef=0.01),
-    "drift max advantage + stop": remedy("cpgd", 0.003, drift_coef="max_advantage"),
-    "dual clip + stop": remedy("grpo_dual_clip", 0.003),
-    "decay": remedy("grpo") | DECAY,
-    "decay + stop": remedy("grpo", 0.003) | DECAY,
-    "CPGD, default + decay": remedy("cpgd", 0.003, drift_coef=0.01) | DECAY,
+    "CPGD, α = max A, stop": remedy("cpgd", 0.003, drift_coef="max_advantage"),
+    "GRPO, dual clip, stop": remedy("grpo_dual_clip", 0.003),
+    "GRPO, decay": remedy("grpo") | DECAY,
+    "GRPO, decay, stop": remedy("grpo", 0.003) | DECAY,
+    "CPGD, default, decay": remedy("cpgd", 0.003, drift_coef=0.01) | DECAY,
 }
 ENDURING = (
-    "GRPO", "RLOO", "REINFORCE++", "log-ratio clip", "drift 0.01", "drift max advantage", "CPGD, default", "stop 0.003",
-    "decay", "CPGD, default + decay",
+    "GRPO", "RLOO", "REINFORCE++", "CPGD, α = 0", "CPGD, α = 0.01", "CPGD, α = max A", "CPGD, default",
+    "GRPO, stop 0.003", "GRPO, decay", "CPGD, default, decay",
 )  # fmt: skip
-FIGURE_1 = ("dual clip", "drift on the ratio 1", "drift without clip 0.01", "neither clip nor drift")
-ENDURING_REUSED = ("GRPO", "drift 0.01", "drift max advantage", "CPGD, default", "stop 0.003", "decay")
+FIGURE_1 = ("GRPO, dual clip", "GRPO, drift α = 1", "CPGD without clip", "CPGD without both")
+ENDURING_REUSED = ("GRPO", "CPGD, α = 0.01", "CPGD, α = max A", "CPGD, default", "GRPO, stop 0.003", "GRPO, decay")
 REUSED = (
     "CPGD, default",
-    "stop 0.003",
-    "drift max advantage",
-    "drift max advantage + stop",
-    "drift adaptive",
-    "drift 3",
+    "GRPO, stop 0.003",
+    "CPGD, α = max A",
+    "CPGD, α = max A, stop",
+    "CPGD, α adaptive",
+    "CPGD, α = 3",
 )
-ON_THE_MAP = tuple(name for name in REMEDIES if name not in ("CPGD, default + decay", *FIGURE_1[1:]))
+ON_THE_MAP = tuple(name for name in REMEDIES if name not in ("CPGD, default, decay", *FIGURE_1[1:]))
 
 
 def endurance_study(

@@ -73,92 +73,9 @@ def geometric(values: pd.Series, form: str) -> str:
     return _with_interval(np.exp(bootstrap_mean(np.log(values))), form)
 
 
-def advantage_size(rows: pd.DataFrame) -> float:
-    """The largest |A| of a rollout, averaged over steps and runs: what `max_advantage` follows."""
-    return float(rows[["advantage_max_mean"]].assign(low=-rows["advantage_min_mean"]).max(axis=1).mean())
-
-
 def rate_name(rate: float) -> str:
     """As in 3e-5."""
     return f"{rate:.0e}".replace("e-0", "e-")
-
-
-def shape_name(generations: int, weight: str, rate: float) -> str:
-    """As in G = 4, std, lr 1e-4."""
-    return f"G = {generations}, {weight}, lr {rate_name(rate)}"
-
-
-def arm_name(algorithm: str, beta: float) -> str:
-    """As in GRPO, β = 0.04."""
-    return display_name(algorithm) + (f", β = {beta:g}" if beta else "")
-
-
-def map_summary(folder: Path) -> pd.DataFrame:
-    """The healthy share of the map, CPGD's lead in it, and the collapses at the largest K, for each algorithm."""
-    table = pd.read_csv(folder / "study.csv")
-    largest = table["updates_per_rollout"].max()
-    cpgd = tolerated_rate(table.query(f"algorithm == 'cpgd' and updates_per_rollout == {largest}"))
-    by_seed = table.groupby(["algorithm", "seed"])["healthy"].mean().unstack("algorithm")
-    rows = []
-    for algorithm, runs in table.groupby("algorithm", sort=False):
-        hardest = runs[runs["updates_per_rollout"] == largest]
-        tolerated = tolerated_rate(hardest)
-        at_the_edge = bool((tolerated < 1.001 * hardest["learning_rate"].min()).any())
-        lead = percent(bootstrap_mean(by_seed["cpgd"] - by_seed[algorithm])).replace("%", "points")
-        times = "≥ " * at_the_edge + geometric(cpgd / tolerated, ".1f")
-        row = {
-            "algorithm": display_name(str(algorithm)),
-            "healthy share of the map": percent(healthy_share(runs)),
-            "CPGD's is larger by": lead if algorithm != "cpgd" else "",
-            f"learning rate tolerated at K = {largest}": "≤ " * at_the_edge + geometric(tolerated, ".1e"),
-            "CPGD tolerates, times that": times if algorithm != "cpgd" else "",
-            "not collapsed": percent(bootstrap_mean(1 - runs.groupby("seed")["collapsed"].mean())),
-            f"collapsed at K = {largest}": count_text(hardest["collapsed"]),
-        }
-        for rate, cell in hardest.groupby("learning_rate")["collapsed"]:
-            row[f"collapsed at K = {largest}, lr {rate_name(rate)}"] = f"{count_text(cell)}, {collapse_share(cell)}"
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def drift_summary(folder: Path) -> pd.DataFrame:
-    r"""The best $\alpha$ of the grid beside `max_advantage`, for each size of advantages."""
-    table = pd.read_csv(folder / "study.csv")
-    rows = []
-    for shape, runs in table.groupby(["num_generations", "advantage_weight", "learning_rate"], sort=False):
-        is_rule = runs["drift_coef"] == "max_advantage"
-        rule, grid = runs[is_rule], runs[~is_rule]
-        by_coef = dict(iter(grid.groupby(grid["drift_coef"].astype(float))["accuracy_final"]))
-        best = max(by_coef, key=lambda coef: by_coef[coef].mean())
-        row = {
-            "advantages": shape_name(*shape),
-            "largest of A": f"{runs['advantage_max_mean'].mean():.2f}",
-            "largest of −A": f"{-runs['advantage_min_mean'].mean():.2f}",
-            "accuracy at α = 0": mean_text(by_coef[0.0]),
-            "best α of the grid": f"{best:g}",
-            "accuracy there": mean_text(by_coef[best]),
-            "α of the rule, mean": f"{rule['drift_coef_mean'].mean():.2f}",
-            "accuracy of the rule": mean_text(rule["accuracy_final"]),
-        }
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def anatomy_summary(folder: Path) -> pd.DataFrame:
-    """The final accuracy, rewards and collapses of each variant, best first."""
-    table = pd.read_csv(folder / "study.csv")
-    arms = [
-        {
-            "variant": arm_name(str(algorithm), float(beta)),
-            "final accuracy": mean_text(runs["accuracy_final"]),
-            "best accuracy": mean_text(runs["accuracy_best"]),
-            "reward, last 10 steps": mean_text(runs["reward_last"]),
-            "collapsed": count_text(runs["collapsed"]),
-            "share": collapse_share(runs["collapsed"]),
-        }
-        for (algorithm, beta), runs in table.groupby(["algorithm", "beta"], sort=False)
-    ]
-    return pd.DataFrame(sorted(arms, key=lambda arm: arm["final accuracy"], reverse=True))
 
 
 def fair_summary(folder: Path) -> pd.DataFrame:
@@ -173,6 +90,7 @@ def fair_summary(folder: Path) -> pd.DataFrame:
             "learning rate": f"{first['learning_rate']:g}",
             "ε": f"{first['epsilon']:g}",
             "β": f"{first['beta']:g}",
+            "stop": "none" if pd.isna(first["target_kl"]) else f"{first['target_kl']:g}",
             "final accuracy": mean_text(runs["accuracy_final"]),
             "minus CPGD's": mean_text(runs["accuracy_final"] - cpgd["accuracy_final"]) if is_other else "",
             "reward, last 10 steps": mean_text(runs["reward_last"]),
@@ -189,10 +107,11 @@ def warning_summary(folder: Path) -> pd.DataFrame:
     table = table.iloc[(table["false_share"] - table["announced_share"]).argsort(kind="stable")]
     shares = {
         "collapses announced": "announced",
-        "without drift": "without_drift",
-        "with drift": "with_drift",
+        "with neither drift nor stop": "neither",
+        "with a drift": "drift",
+        "with a stop": "stop",
         "false alarms": "false",
-        "false alarms, no drift": "without_drift_false",
+        "false alarms, neither": "neither_false",
         "alarms in healthy runs": "healthy",
     }
     rows = []
@@ -276,7 +195,6 @@ def stabilisers_summary(folder: Path) -> pd.DataFrame:
 
 
 SUMMARIES: dict[str, Callable[[Path], pd.DataFrame]] = {
-    "map": map_summary, "drift": drift_summary, "anatomy": anatomy_summary, "fair": fair_summary,
-    "default": default_summary, "endurance": endurance_summary, "stabilisers": stabilisers_summary,
-    "warning": warning_summary,
+    "stabilisers": stabilisers_summary, "endurance": endurance_summary, "fair": fair_summary,
+    "default": default_summary, "warning": warning_summary,
 }  # fmt: skip

@@ -16,13 +16,10 @@ from minicpgd.recipes import KNOWN, load_recipe
 
 RUN_FIGURES = {"curves": plots.training_curves, "ratios": plots.ratio_ranges}
 STUDY_FIGURES: dict[str, dict[str, Callable[[Path], Figure]]] = {
-    "map": {"map": plots.map_heat, "frontiers": plots.map_frontiers, "map_curves": plots.map_curves},
-    "drift": {"drift": plots.drift_coefs},
-    "anatomy": {"anatomy": plots.anatomy_rows, "passes": plots.anatomy_passes},
+    "stabilisers": {"stabilisers": plots.stabilisers_price, "map": plots.map_heat, "passes": plots.rollout_passes},
+    "endurance": {"endurance": plots.endurance_survival, "fates": plots.endurance_fates},
     "fair": {"fair": plots.fair_search},
     "default": {"clip_against_drift": plots.clip_against_drift},
-    "endurance": {"endurance": plots.endurance_survival, "fates": plots.endurance_fates},
-    "stabilisers": {"stabilisers": plots.stabilisers_price},
     "warning": {"warning": plots.warning_signals},
 }
 

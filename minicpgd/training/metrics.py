@@ -73,7 +73,7 @@ class StepLog(NamedTuple):
 
     metrics: dict[str, float]  # a line of metrics.jsonl
     timings: dict[str, float] = {}  # a line of timings.jsonl: seconds, tokens per second, bytes; empty for step 0
-    samples: Sequence[dict] = ()  # lines of samples.jsonl: the responses to the first prompt
+    samples: Sequence[dict] = ()  # lines of samples.jsonl: the responses of the rollout
     passes: Sequence[dict] = ()  # lines of passes.jsonl: ratios, KL and shares of clipped tokens of each pass
     look: FirstLook | None = None  # only of step 0
 
@@ -132,7 +132,7 @@ def step_timings(rollout: Rollout, rollout_seconds: float, update_seconds: float
     return {
         "rollout_seconds": rollout_seconds,
         "update_seconds": update_seconds,
-        "tokens_per_second": int(rollout.lengths.sum()) / (rollout_seconds + update_seconds),
+        "tokens_per_second": int(rollout.lengths.sum()) / rollout_seconds,
         "peak_memory_bytes": peak_memory(),
     }
 
@@ -146,12 +146,18 @@ def peak_memory() -> int:
 
 
 def sample_rows(step: int, experience: Experience) -> list[dict]:
-    """The responses to the first prompt, as rows of samples.jsonl, with what the reward function logged of them."""
+    """The responses to all prompts, as rows of samples.jsonl, with what the reward function logged of them."""
+    answers = zip(
+        experience.problems,
+        experience.rollout.completions,
+        [None if math.isnan(reward) else reward for reward in experience.rewards.flatten().tolist()],
+        experience.advantages.flatten().tolist(),
+        strict=True,
+    )
     rows: list[dict[str, Any]] = [
-        {"step": step, "prompt": experience.problems[i]["prompt"], "completion": experience.rollout.completions[i],
-         "reward": None if math.isnan(reward) else reward, "advantage": experience.advantages[0, i].item()}
-        for i, reward in enumerate(experience.rewards[0].tolist())
-    ]  # fmt: skip
+        {"step": step, "prompt": problem["prompt"], "completion": text, "reward": reward, "advantage": advantage}
+        for problem, text, reward, advantage in answers
+    ]
     for name, values in experience.context.extra.items():
         for row, value in zip(rows, values, strict=False):
             row.setdefault("extra", {})[name] = value
