@@ -4,8 +4,9 @@
     python benchmarks/collapse_in_trl.py --seeds 0 1 2 3  # adds a seed; the table keeps its finished runs
 
 The script trains with GRPO and CPGD in both loops. In TRL's loop, GRPO is TRL's own GRPOTrainer and CPGD is our
-CPGDTrainer. Each run trains the embedded model on its task: 16 rollouts of 8 prompts x 16 responses, and 64 updates on
-each rollout (4 minibatches, 16 passes), at one of two constant learning rates.
+CPGDTrainer, with the defaults of this package: α = 0.01, and a stop at a KL of 0.003. GRPO has no stop, since TRL's
+trainer has none. Each run trains the embedded model on its task: 16 rollouts of 8 prompts x 16 responses, and 64
+updates on each rollout (4 minibatches, 16 passes), at one of two constant learning rates.
 
 All other settings are equal in both loops: Adam without weight decay, gradients clipped at norm 1, an epsilon of 0.2
 for the ratios, and tokens averaged per response. There is one difference: our loop draws new minibatches for each pass,
@@ -41,7 +42,8 @@ from minicpgd.tasks.task import get_task
 RESULTS = Path(__file__).parent / "results" / "collapse_in_trl.csv"
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "peers" / "collapse_in_trl.png"
 PROMPTS, RESPONSES, ROLLOUTS, PASSES, MINIBATCHES, MAX_LENGTH = 8, 16, 16, 16, 4, 64
-SETTINGS = {"grpo": REMEDIES["GRPO"], "cpgd": REMEDIES["CPGD, α = max A"]}  # a large drift, and no stop
+SETTINGS = {"grpo": REMEDIES["GRPO"], "cpgd": REMEDIES["CPGD, default"]}  # GRPO has no stop: TRL's own has none.
+TITLES = {"grpo": "GRPO, no stop", "cpgd": "CPGD, default"}
 KEYS = ["learning_rate", "algorithm", "loop", "seed"]
 RUNS = {
     ("grpo", "minicpgd"): "GRPO, our loop",
@@ -149,7 +151,7 @@ def draw(table: pd.DataFrame) -> Figure:
                         linewidth=1.7,
                         label=RUNS[algorithm, loop] if number == 0 else None,
                     )
-            axis.set(title=f"{algorithm.upper()}, learning rate {rate:g}", ylim=(0, 1.02))
+            axis.set(title=f"{TITLES[algorithm]}, learning rate {rate:g}", ylim=(0, 1.02))
         row[0].set_ylabel("mean reward of a response")
     for axis, empty_corner in zip(axes[0], ("upper right", "lower right"), strict=True):
         axis.legend(loc=empty_corner, handlelength=3)

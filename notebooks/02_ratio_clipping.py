@@ -19,7 +19,6 @@ import torch
 
 from minicpgd import TrainConfig
 from minicpgd.algorithms import ALGORITHMS, LossSettings
-from minicpgd.experiments.catalogue import row_settings
 from minicpgd.models import quiet
 from minicpgd.plots import objective_curves, token_regions, token_text
 from minicpgd.plots.objectives import objective_and_weight
@@ -134,17 +133,19 @@ assert torch.allclose(between["cpgd"], between["grpo"])
 #
 # We sample 64 answers of a real policy once and make 16 passes over them with 4 updates each: 64 updates. After each
 # pass the algorithm's own loss gives each token's ratio, and says whether it is clipped. All algorithms get the same
-# policy and the same rollout.
+# policy and the same rollout. By default the package ends the passes at a KL of 0.003, and CPGD's α is 0.01. Here all
+# passes are made, and α is the largest |A| of the rollout, so that clip and drift can be seen.
 
 # %%
 PASSES = 16  # fast: 4
 SEEDS = 3  # fast: 1
+ALL_PASSES = {"drift_coef": "max_advantage", "target_kl": None}  # a large drift, and no pass is ended early
 
 
 def walk(name, seed=0, passes=PASSES, **settings):
     """The learner, the experience of its rollout, and the output of the loss after each pass."""
-    settings = {"num_prompts": 8, "num_generations": 8, "num_iterations": passes, "seed": seed, **settings}
-    learner = Learner.from_config(TrainConfig(**row_settings(name) | settings))
+    sizes = {"num_prompts": 8, "num_generations": 8, "num_iterations": passes}
+    learner = Learner.from_config(TrainConfig(algorithm=name, seed=seed, **(sizes | ALL_PASSES | settings)))
     generators = seed_step(seed, step=1)
     experience = learner.collect(generators)
     rollout, advantages = experience.rollout, experience.advantages.flatten()

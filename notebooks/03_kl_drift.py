@@ -19,7 +19,6 @@ import torch
 
 from minicpgd import TrainConfig
 from minicpgd.algorithms import ALGORITHMS, LossSettings, bounded_drift, exact_kl, k1, k2, k3, max_advantage_coef
-from minicpgd.experiments.catalogue import row_settings
 from minicpgd.models import quiet
 from minicpgd.plots.style import COLOURS, DASHES, KL, MARKERS, STYLE, line_style
 from minicpgd.training import Learner, seed_step
@@ -200,19 +199,21 @@ plt.show()
 #
 # ## 4. Zero at first, then active
 #
-# Now we use the embedded model, and passes over 64 answers with 4 updates each.
+# Now we use the embedded model, and passes over 64 answers with 4 updates each. All passes are made, although the
+# package's default would end them at a KL of 0.003, and α is the largest |A| of the rollout.
 #
 # **Predict.** Before the first update, how large is the drift, and its gradient? And after one pass?
 
 # %%
 PASSES = 8  # fast: 2
 SEEDS = 3  # fast: 1
+ALL_PASSES = {"drift_coef": "max_advantage", "target_kl": None}  # a large drift, and no pass is ended early
 
 
 def walk(name, seed, **settings):
     """The experience of a rollout, and the log-ratios before the first pass and after each pass."""
-    settings = {"num_prompts": 8, "num_generations": 8, "num_iterations": PASSES, "seed": seed, **settings}
-    learner = Learner.from_config(TrainConfig(**row_settings(name) | settings))
+    sizes = {"num_prompts": 8, "num_generations": 8, "num_iterations": PASSES}
+    learner = Learner.from_config(TrainConfig(algorithm=name, seed=seed, **(sizes | ALL_PASSES | settings)))
     generators = seed_step(seed, step=1)
     experience = learner.collect(generators)
     rollout = experience.rollout

@@ -289,3 +289,13 @@ def test_a_config_that_no_model_can_be_built_from_is_one_line(tmp_path, monkeypa
     for words in (["memory"], ["train", "--dry-run"]):
         with pytest.raises(UserError, match=r"model': no model can be built from its config.json: TypeError"):
             parse([*words, "--model", str(tmp_path / "model")])()
+
+
+def test_a_dry_run_counts_the_tokens_of_the_files_own_prompts(tmp_path, monkeypatch, capsys):
+    """Without a card it plans for the CPU, in 4 bit, too."""
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{i}+2*3=", "answer": 0}}\n' for i in range(10, 80)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["train", "--task", "jsonl", "--data", tmp_path / "p.jsonl", "--load-in-4bit", "--lora-r", 4, "--dry-run"]
+    parse(list(map(str, words)))()
+    out = " ".join(capsys.readouterr().out.split())
+    assert "on this CPU, besides Python and its libraries, predicted for prompts of 7 tokens (the longest" in out

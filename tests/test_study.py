@@ -375,7 +375,7 @@ def test_the_warning_study_needs_runs_of_other_studies(uninterrupted, tmp_path):
 def test_the_command_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     """It makes one cell of the map with two seeds, in one worker. The figures show the numbers of the table."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    names = ("GRPO", "CPGD, α = 0.01", "CPGD, α = max A", "CPGD, default")
+    names = ("GRPO", "CPGD, α = 0.01", "CPGD, α = max A", "CPGD, default", "GRPO, stop 0.003")
     quick = stabilisers_study(rates=(1e-4,), updates=(8,), seeds=(100, 101), names=names, max_steps=10)
     small = {"num_prompts": 2, "num_generations": 4, "max_completion_length": 16, "eval_steps": 5, "eval_problems": 16}
     monkeypatch.setitem(QUICK, "stabilisers", replace(quick, base=quick.base | small))
@@ -384,7 +384,7 @@ def test_the_command_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     main()
     out, folder = capsys.readouterr().out, tmp_path / "stabilisers-quick"
     assert quick.asks in out
-    assert "8 of 8 runs" in out
+    assert "10 of 10 runs" in out
     for name in ("study.csv", "map.png", "stabilisers.png", "passes.png"):
         assert str(folder / name) in out
         assert (folder / name).stat().st_size > 1000
@@ -436,7 +436,7 @@ def test_the_summary_of_the_fair_study_agrees_with_one_by_hand(tmp_path):
 def test_the_summary_of_the_stabilisers_agrees_with_one_by_hand(tmp_path):
     """Of two remedies the stop is healthy in both cells, makes 6 of 64 updates, and takes a quarter of the time."""
     study = stabilisers_study(rates=(1e-4, 3e-4), updates=(64,), seeds=(100,), names=("GRPO", "GRPO, stop 0.003"))
-    table = study.runs(study.parts[0], pd.DataFrame(), tmp_path).drop(columns="config")
+    table = study.runs(study.parts[0], pd.DataFrame(), tmp_path).drop(columns="config").assign(max_steps=20)
     is_stop = table["target_kl"].notna()
     table = table.assign(
         run=[f"run-{i}" for i in range(4)], healthy=is_stop, accuracy_final=np.where(is_stop, 0.9, 0.1)
@@ -444,11 +444,18 @@ def test_the_summary_of_the_stabilisers_agrees_with_one_by_hand(tmp_path):
     table.assign(updates_mean=np.where(is_stop, 6.0, 64.0)).to_csv(tmp_path / "study.csv", index=False)
     seconds = pd.DataFrame({"run": table["run"], "rollout_seconds": 1.0, "update_seconds": np.where(is_stop, 1.0, 7.0)})
     seconds.to_csv(tmp_path / "seconds.csv", index=False)
+    steps = [{"run": run, "step": step, "eval_accuracy": step / 20} for run in table["run"] for step in range(0, 21, 5)]
+    pd.DataFrame(steps).to_csv(tmp_path / "steps.csv.gz", index=False)
     summary = stabilisers_summary(tmp_path).set_index("remedy")
     assert list(summary.index) == ["GRPO, stop 0.003", "GRPO"]
-    assert summary["updates per rollout, K = 64"].tolist() == ["6.0", "64.0"]
-    assert summary["time, K = 64, GRPO = 1"].tolist() == ["0.25", "1.00"]
-    assert summary["learning rate tolerated, K = 64"].tolist() == ["3.0e-4", "1.0e-4"]
+    assert summary["K = 64, 1e-4: accuracy"].tolist() == ["0.90", "0.10"]
+    assert summary["in the time of the stop"].tolist() == [
+        "1.00",
+        "0.25",
+    ]  # GRPO makes 5 steps in a quarter of its time.
+    assert summary["updates per rollout"].tolist() == ["6.0", "64.0"]
+    assert summary["time, GRPO = 1"].tolist() == ["0.25", "1.00"]
+    assert summary["learning rate tolerated, K = 64"].tolist() == ["≥ 3.0e-4", "≤ 1.0e-4"]
     assert [label.get_text() for label in plots.stabilisers_price(tmp_path).axes[0].get_yticklabels()][
         -1
     ] == "GRPO, stop 0.003"

@@ -4,6 +4,7 @@ In: settings. Out: tables on the terminal. No weights are loaded, and at most a 
 """
 
 import math
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +16,13 @@ from rich.text import Text
 
 from minicpgd.cli.flags import Loop, Model, Objective, Sampling, Task, changed_flags
 from minicpgd.cli.progress import console, text_table
-from minicpgd.config import MAX_TOKENS, ModelSettings, TaskSettings, TrainConfig
+from minicpgd.config import MAX_TOKENS, ModelSettings, TrainConfig
 from minicpgd.errors import MissingPackageError, Range, UserError, describe_error
 from minicpgd.recipes import Recipe
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from minicpgd.memory import Memory
 
 USUAL = TrainConfig(
@@ -81,7 +84,7 @@ def show_plan(config: TrainConfig, recipe: Recipe | None = None) -> None:
     """
     import torch
 
-    from minicpgd.memory import PROMPT_LENGTH, model_config, predict
+    from minicpgd.memory import model_config, predict
     from minicpgd.memory.simulate import shape_of
     from minicpgd.tasks import describe_data, load_reward
     from minicpgd.training.run_folder import refuse_existing, resolved
@@ -95,7 +98,7 @@ def show_plan(config: TrainConfig, recipe: Recipe | None = None) -> None:
     except MissingPackageError as error:
         reward = f"{reward} ({error})"
     architecture = model_config(config.model)
-    on_card = torch.cuda.is_available() or config.load_in_4bit
+    on_card = torch.cuda.is_available() or (recipe is not None and recipe.card_gib is not None)
     with _built_from_config(config.model):
         shape = shape_of(architecture, config, torch.bfloat16)
     sizes = {kind: sum(p.numel() for p in shape.parameters() if p.requires_grad == kind) for kind in (True, False)}
@@ -115,15 +118,34 @@ def show_plan(config: TrainConfig, recipe: Recipe | None = None) -> None:
     for name, value in rows.items():
         plan.add_row(name, value)
     console.print(plan, "", sep="\n")
-    length = PROMPT_LENGTH if config.task != TaskSettings.task else 16
+    length, counted = _prompt_length(config, shape)
     with _built_from_config(config.model):
         predicted = predict(config, architecture, prompt_length=length, device="cuda" if on_card else "cpu")
-    console.print(f"Memory {'on a card' if on_card else 'on this CPU'}, predicted for prompts of {length} tokens:\n")
+    where = "on a card" if on_card else "on this CPU, besides Python and its libraries"
+    console.print(f"Memory {where}, predicted for prompts of {length} tokens ({counted}):\n")
     _print_memory(predicted)
     if recipe and recipe.peak_gib and recipe.card_gib:
         note = f"The recipe expects {recipe.peak_gib:g} GiB of {recipe.card_gib:g}: {recipe.basis}."
         console.print(note + " That is for its own settings; some differ here." * (config != recipe.config))
     console.print("Nothing was downloaded or written. Without --dry-run it starts.")
+
+
+def _prompt_length(config: TrainConfig, shape: "PreTrainedModel") -> tuple[int, str]:
+    """The tokens of the longest prompt, and how that is known: from 200 problems, if nothing has to be downloaded."""
+    from transformers import AutoTokenizer
+
+    from minicpgd.memory import PROMPT_LENGTH
+    from minicpgd.models.policy import Policy
+    from minicpgd.models.source import gguf_folder, is_gguf, resolve_model
+    from minicpgd.tasks import load_task
+
+    folder = gguf_folder(Path(config.model)) if is_gguf(config.model) else Path(resolve_model(config.model))
+    if not folder.is_dir() or config.task == "gsm8k":
+        return PROMPT_LENGTH, "a guess: the problems or the tokenizer are not here yet"
+    problems = load_task(config).sample(200, random.Random(0))
+    policy = Policy(shape, AutoTokenizer.from_pretrained(folder), config)
+    _, mask = policy.encode([problem["prompt"] for problem in problems], config.max_completion_length)
+    return mask.shape[1], f"the longest of {len(problems)}"
 
 
 def _print_memory(predicted: "Memory") -> None:

@@ -175,21 +175,47 @@ def endurance_summary(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("")
 
 
+def tolerated_text(runs: pd.DataFrame) -> str:
+    """The `tolerated_rate` of runs at one K, as in 1.8e-4 [1.6e-4, 2.0e-4]; with ≥ or ≤ if it is a bound for a seed."""
+    tolerated, rates = tolerated_rate(runs), runs["learning_rate"]
+    bound = "≤ " if (tolerated < 1.001 * rates.min()).any() else "≥ " if (tolerated > 0.999 * rates.max()).any() else ""
+    return bound + geometric(tolerated, ".1e")
+
+
+def reused(folder: Path) -> pd.DataFrame:
+    """The runs of `stabilisers` at the largest K and a middling rate, with the `seconds` of each, and two accuracies.
+
+    `accuracy_final` is that after all rollouts; `accuracy_in_time` is that of the last evaluation within the median
+    seconds that GRPO with the stop takes for all its rollouts. The steps of a run are taken as equally long.
+    """
+    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
+    seconds = pd.read_csv(folder / "seconds.csv").set_index("run").sum(axis=1)
+    table = table.assign(name=setting_names(table, REMEDIES), seconds=table["run"].map(seconds))
+    rates, k = np.unique(table["learning_rate"]), table["updates_per_rollout"].max()
+    runs = table[(table["learning_rate"] == rates[(len(rates) - 1) // 2]) & (table["updates_per_rollout"] == k)]
+    budget = runs.loc[runs["name"] == "GRPO, stop 0.003", "seconds"].median()
+    evaluated = steps.dropna(subset="eval_accuracy").merge(runs[["run", "seconds", "max_steps"]], on="run")
+    in_time = evaluated[evaluated["step"] * evaluated["seconds"] <= budget * evaluated["max_steps"]]
+    return runs.assign(accuracy_in_time=runs["run"].map(in_time.groupby("run")["eval_accuracy"].last()))
+
+
 def stabilisers_summary(folder: Path) -> pd.DataFrame:
     """The healthy share of the map of each remedy, the rate it tolerates at each K, and its price, best first."""
-    table, seconds = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "seconds.csv").set_index("run").sum(axis=1)
-    table = table.assign(name=setting_names(table, REMEDIES), seconds=table["run"].map(seconds))
-    largest = table["updates_per_rollout"].max()
-    at_largest = dict(iter(table[table["updates_per_rollout"] == largest].groupby("name")))
-    usual = at_largest["GRPO"]["seconds"].median()
+    table, at_one_rate = pd.read_csv(folder / "study.csv"), reused(folder)
+    table = table.assign(name=setting_names(table, REMEDIES))
+    largest, rate = table["updates_per_rollout"].max(), rate_name(at_one_rate["learning_rate"].iloc[0])
+    hardest = dict(iter(at_one_rate.groupby("name")))
+    usual = hardest["GRPO"]["seconds"].median()
     rows = []
     for remedy in table.groupby("name", sort=False)["healthy"].mean().sort_values(ascending=False, kind="stable").index:
-        runs, reused = table[table["name"] == remedy], at_largest[remedy]
+        runs, hard = table[table["name"] == remedy], hardest[remedy]
         row = {"remedy": remedy, "healthy share of the map": percent(healthy_share(runs))}
         for k, at_k in runs.groupby("updates_per_rollout"):
-            row[f"learning rate tolerated, K = {k}"] = geometric(tolerated_rate(at_k), ".1e")
-        row[f"updates per rollout, K = {largest}"] = f"{reused['updates_mean'].mean():.1f}"
-        row[f"time, K = {largest}, GRPO = 1"] = f"{reused['seconds'].median() / usual:.2f}"
+            row[f"learning rate tolerated, K = {k}"] = tolerated_text(at_k)
+        row[f"K = {largest}, {rate}: accuracy"] = mean_text(hard["accuracy_final"])
+        row["in the time of the stop"] = mean_text(hard["accuracy_in_time"])
+        row["updates per rollout"] = f"{hard['updates_mean'].mean():.1f}"
+        row["time, GRPO = 1"] = f"{hard['seconds'].median() / usual:.2f}"
         rows.append(row)
     return pd.DataFrame(rows)
 

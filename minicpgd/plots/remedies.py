@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from minicpgd.experiments.default_rule import setting_names
 from minicpgd.experiments.endurance import FIGURE_1, REMEDIES
 from minicpgd.experiments.statistics import bootstrap_mean, wilson
-from minicpgd.experiments.tables import healthy_share, named_runs, percent, rate_name
+from minicpgd.experiments.tables import healthy_share, named_runs, percent, rate_name, reused
 from minicpgd.plots import style
 from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, interval, line_style, styled
 
@@ -92,21 +92,26 @@ def endurance_fates(folder: Path) -> Figure:
 
 @styled
 def stabilisers_price(folder: Path) -> Figure:
-    """Each remedy's healthy share of the map, and how many of 64 updates it makes; the best at the top."""
-    table = _table(folder)
-    order = table.groupby("name")["healthy"].mean().sort_values().index
-    largest = table["updates_per_rollout"].max()
+    """Each remedy's healthy share of the map; at K = 64 its accuracy, per rollout and per second, and its updates."""
+    table, hard = _table(folder), reused(folder)
+    order = table.groupby("name")["healthy"].mean().sort_values(kind="stable").index
+    setting = f"K = {table['updates_per_rollout'].max()}, {rate_name(hard['learning_rate'].iloc[0])}"
     figure = Figure(figsize=(10, 1.6 + 0.27 * len(order)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
     for y, remedy in enumerate(order):
-        runs = table[table["name"] == remedy]
-        interval(left, y, healthy_share(runs), COLOURS[0], "o")
-        made = runs.loc[runs["updates_per_rollout"] == largest, "updates_mean"]
-        interval(right, y, bootstrap_mean(made.to_numpy()), COLOURS[1], "s")
+        interval(left, y, healthy_share(table[table["name"] == remedy]), COLOURS[0], "o")
+        runs = hard[hard["name"] == remedy]
+        interval(middle, y + 0.12, bootstrap_mean(runs["accuracy_final"]), COLOURS[1], "s")
+        interval(middle, y - 0.12, bootstrap_mean(runs["accuracy_in_time"]), COLOURS[2], "^")
+        interval(right, y, bootstrap_mean(runs["updates_mean"]), COLOURS[3], "D")
     left.set_yticks(range(len(order)), order)
     left.set(title="Healthy share of the map", xlim=(0, 1))
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    right.set(title=f"Updates made per rollout at K = {largest}", xlim=(0, None))
+    middle.set(title=f"Accuracy, {setting}", xlim=(0, 1.02))
+    middle.plot([], [], "s", color=COLOURS[1], label="after 20 rollouts")
+    middle.plot([], [], "^", color=COLOURS[2], label="in the time of GRPO with the stop")
+    right.set(title="Updates per rollout", xlim=(0, None))
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 

@@ -77,7 +77,7 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Callbacks = C
                     last = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
                     raise NonFiniteError(
                         f"step {step}: {error}; {last}. "
-                        "In a new run, try a smaller learning_rate or fewer num_iterations, or algorithm=cpgd"
+                        "In a new run, try a smaller learning_rate, fewer num_iterations, or a target_kl"
                     ) from error
                 if callbacks.on_first_look and log.look:
                     callbacks.on_first_look(log.look)
