@@ -436,7 +436,7 @@ def test_the_summary_of_the_fair_study_agrees_with_one_by_hand(tmp_path):
 def test_the_summary_of_the_stabilisers_agrees_with_one_by_hand(tmp_path):
     """Of two remedies the stop is healthy in both cells, makes 6 of 64 updates, and takes a quarter of the time."""
     study = stabilisers_study(rates=(1e-4, 3e-4), updates=(64,), seeds=(100,), names=("GRPO", "GRPO, stop 0.003"))
-    table = study.runs(study.parts[0], pd.DataFrame(), tmp_path).drop(columns="config").assign(max_steps=20)
+    table = study.runs(study.parts[0], pd.DataFrame(), tmp_path).drop(columns="config")
     is_stop = table["target_kl"].notna()
     table = table.assign(
         run=[f"run-{i}" for i in range(4)], healthy=is_stop, accuracy_final=np.where(is_stop, 0.9, 0.1)

@@ -23,6 +23,7 @@ REMEDIES: dict[str, Settings] = {
     "GRPO": remedy("grpo"),
     "RLOO": remedy("rloo"),
     "REINFORCE++": remedy("reinforce_pp"),
+    "DAPO": remedy("dapo"),
     "GRPO, dual clip": remedy("grpo_dual_clip"),
     "CPGD, α = 0": remedy("cpg"),
     "CPGD, α = 0.01": remedy("cpgd", drift_coef=0.01),  # the authors' α

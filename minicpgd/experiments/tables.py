@@ -194,8 +194,9 @@ def reused(folder: Path) -> pd.DataFrame:
     rates, k = np.unique(table["learning_rate"]), table["updates_per_rollout"].max()
     runs = table[(table["learning_rate"] == rates[(len(rates) - 1) // 2]) & (table["updates_per_rollout"] == k)]
     budget = runs.loc[runs["name"] == "GRPO, stop 0.003", "seconds"].median()
-    evaluated = steps.dropna(subset="eval_accuracy").merge(runs[["run", "seconds", "max_steps"]], on="run")
-    in_time = evaluated[evaluated["step"] * evaluated["seconds"] <= budget * evaluated["max_steps"]]
+    steps = steps.assign(share=steps["step"] / steps.groupby("run")["step"].transform("max"))
+    evaluated = steps.dropna(subset="eval_accuracy").merge(runs[["run", "seconds"]], on="run")
+    in_time = evaluated[evaluated["share"] * evaluated["seconds"] <= budget]
     return runs.assign(accuracy_in_time=runs["run"].map(in_time.groupby("run")["eval_accuracy"].last()))
 
 
