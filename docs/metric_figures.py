@@ -1,8 +1,7 @@
 """A metric around a collapse: the steps of many runs, counted from the step at which the reward begins to fall.
 
-In: the folder of the studies; the map, the anatomy and the fair study are used. (In the drift study a collapse is often
-not a fall: with a far too large drift, nothing is learned.) Out: a metric's `Traces`, and a figure of them. The rules
-are in `experiments/early_warning.py` and `experiments/outcome.py`.
+In: the folder of the studies; `stabilisers` and `fair` are used. Out: a metric's `Traces`, and a figure of them. The
+rules are in `experiments/early_warning.py` and `experiments/outcome.py`.
 """
 
 from functools import cache
@@ -18,7 +17,7 @@ from minicpgd.algorithms.table import ALGORITHMS
 from minicpgd.experiments.early_warning import collapse_step, load_studies
 from minicpgd.plots.style import line_style, styled
 
-LOOKED_AT = ("map", "anatomy", "fair")
+LOOKED_AT = ("stabilisers", "fair")
 UNITS = {
     "reward": "mean reward",
     "reward_std": "reward",

@@ -139,13 +139,13 @@ assert torch.allclose(between["cpgd"], between["grpo"])
 # %%
 PASSES = 16  # fast: 4
 SEEDS = 3  # fast: 1
-ALL_PASSES = {"drift_coef": "max_advantage", "target_kl": None}  # a large drift, and no pass is ended early
 
 
 def walk(name, seed=0, passes=PASSES, **settings):
     """The learner, the experience of its rollout, and the output of the loss after each pass."""
-    sizes = {"num_prompts": 8, "num_generations": 8, "num_iterations": passes}
-    learner = Learner.from_config(TrainConfig(algorithm=name, seed=seed, **(sizes | ALL_PASSES | settings)))
+    drift = {"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {}
+    usual = {"num_prompts": 8, "num_generations": 8, "num_iterations": passes, "target_kl": None} | drift
+    learner = Learner.from_config(TrainConfig(algorithm=name, seed=seed, **(usual | settings)))
     generators = seed_step(seed, step=1)
     experience = learner.collect(generators)
     rollout, advantages = experience.rollout, experience.advantages.flatten()
@@ -314,11 +314,11 @@ for rate in (1e-4, 1e-3):
 # two seeds of three. So a large weight *against* a mistake corrects it and does not make it worse. (One or two tokens
 # prove nothing.)
 #
-# Does the factor r matter in whole runs? [Section 2 of the results](../docs/results.md#2-anatomy) has eight seeds of
-# whole runs, with K = 64 updates on each rollout and a learning rate of 1e-4. GRPO ends at an accuracy of 0.25, with
-# dual clip at 0.26, and `cpg`, without any r, at 0.25. So the factor r does not matter there. `cpgd` ends at 0.83, and
-# `grpo_drift`, which is GRPO with CPGD's drift, at 0.85. What matters is the drift, the subject of [notebook
-# 3](03_kl_drift.ipynb).
+# Does the factor r matter in whole runs? [The map of the
+# results](../docs/results.md#1-the-map-every-remedy-and-its-price) has them, over learning rates and K. GRPO is healthy
+# on about half of it, and so are GRPO with dual clip and `cpg`, without any r (there it is "CPGD, α = 0"). So the
+# factor r does not matter there. What matters is how far the policy moves in a rollout. The drift, the subject of
+# [notebook 3](03_kl_drift.ipynb), limits that if α is large; a stop at a KL limits it for fewer updates.
 #
 # ## Exercises
 #

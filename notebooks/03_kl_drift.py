@@ -207,13 +207,13 @@ plt.show()
 # %%
 PASSES = 8  # fast: 2
 SEEDS = 3  # fast: 1
-ALL_PASSES = {"drift_coef": "max_advantage", "target_kl": None}  # a large drift, and no pass is ended early
 
 
 def walk(name, seed, **settings):
     """The experience of a rollout, and the log-ratios before the first pass and after each pass."""
-    sizes = {"num_prompts": 8, "num_generations": 8, "num_iterations": PASSES}
-    learner = Learner.from_config(TrainConfig(algorithm=name, seed=seed, **(sizes | ALL_PASSES | settings)))
+    drift = {"drift_coef": "max_advantage"} if ALGORITHMS[name].drift else {}
+    usual = {"num_prompts": 8, "num_generations": 8, "num_iterations": PASSES, "target_kl": None} | drift
+    learner = Learner.from_config(TrainConfig(algorithm=name, seed=seed, **(usual | settings)))
     generators = seed_step(seed, step=1)
     experience = learner.collect(generators)
     rollout = experience.rollout
@@ -381,11 +381,11 @@ plt.show()
 #
 # The right panel shows the cost. α does not only limit accidents, it also limits what the updates aim at. At α = 10
 # only 4, 10 and 17 % of the gain at α = 0 remain, by seed. By this measure α = 0 is best. But the gain uses the answers
-# that were trained on, so it favours the policy that follows them furthest. [Section 3 of the
-# results](../docs/results.md#3-how-large-should-the-drift-be) has whole runs with K = 64 and G = 16. (They have three
-# seeds, and another group size than those in notebook 2, so the numbers differ.) CPGD without drift ends at an accuracy
-# of 0.15, with α = 3 at 0.76, with max |A| at 0.72. With far too large an α it learns nothing. The useful range is
-# about tenfold, and depends on the size of the advantages.
+# that were trained on, so it favours the policy that follows them furthest. [The
+# map of the results](../docs/results.md#1-the-map-every-remedy-and-its-price) has whole runs for α from 0 to 3. At K =
+# 64 and 1e-4 CPGD without drift collapses, and the more slowly it learns with a larger α, the more of its accuracy it
+# keeps: with α = 0.01 as little as without, with α = 3 or max |A| more than 0.8. In [long runs with few
+# updates](../docs/default.md) the large α does harm.
 #
 # ## Exercises
 #

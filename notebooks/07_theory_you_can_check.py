@@ -372,8 +372,8 @@ assert abs(rest[0] - 1.218) < 2e-3 and abs(rest[2] - 0.8) < 2e-3
 # **Neither**: sampled advantages, many contexts with shared weights, momentum, and answers of several tokens. With
 # several tokens the mean advantage after a prefix is some $m \ne 0$, even with exact expectations and unshared weights.
 # The weights then sum to $\alpha + m$, and the maximum is at $r^* = (\alpha + A)/(\alpha + m)$. The ratios $1 +
-# A/\alpha$ do not even form a distribution there; the bound $\alpha > -\min A$ stays the same. `docs/results.md`
-# measures how well `max_advantage` works.
+# A/\alpha$ do not even form a distribution there; the bound $\alpha > -\min A$ stays the same. [The choice of the
+# default](../docs/default.md) measures how well `max_advantage` works: not well in long runs.
 #
 # **Claimed by the paper** (arXiv 2505.12504): that its method converges, and that it trains more stably. The package
 # takes formulas from it. Its theorems are not proved here, and the proofs above are not from it.
@@ -533,8 +533,8 @@ if COPIES == 32:
 # `pgd`, the drift without the clip, learns faster than `cpgd` and ends as high or a little higher: by 0.03 to 0.06 in
 # the aggressive bandit, and by 0.005 in the gentle maze. In the aggressive maze it is once higher by 0.04, beyond the
 # interval, and twice undecided. That is evidence against CPGD's clip here. Section 3 explains it: the clip costs speed,
-# and here the drift is enough. On the language model the opposite was true: without its clip CPGD ended at 0.46 in
-# place of 0.83 (`docs/results.md`, section 2).
+# and here the drift is enough. The language model shows no such thing: a large drift with the clip ruins long runs
+# there ([the choice of the default](../docs/default.md)).
 #
 # In every rollout of `cpgd` and `pgd` some group of the 128 had a single success or failure, so α was $7/\sqrt{8} =
 # 2.47$, the largest possible with G = 8. So `max_advantage` does not adapt here. It is a fixed α, larger than many a

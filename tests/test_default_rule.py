@@ -93,7 +93,7 @@ def test_the_summary_agrees_with_one_by_hand(tmp_path):
     ]
     steps = pd.DataFrame(steps)
     steps.to_csv(tmp_path / "steps.csv.gz", index=False)
-    assert late_accuracy(table, steps).to_dict() == pytest.approx(late)
+    assert late_accuracy(steps).to_dict() == pytest.approx(late)
     summary = default_summary(tmp_path).set_index("setting")
     assert list(summary.index) == list(SETTINGS)
     row = summary.loc["paper + stop"]

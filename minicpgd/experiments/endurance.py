@@ -63,7 +63,7 @@ REUSED = (
     "CPGD, α adaptive",
     "CPGD, α = 3",
 )
-ON_THE_MAP = tuple(name for name in REMEDIES if name not in ("CPGD, default, decay", "GRPO, drift α = 1"))
+ON_THE_MAP = tuple(name for name in REMEDIES if name not in ("DAPO", "CPGD, default, decay", *FIGURE_1[1:]))
 
 
 def endurance_study(

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from minicpgd.experiments.default_rule import setting_names
 from minicpgd.experiments.endurance import FIGURE_1, REMEDIES
 from minicpgd.experiments.statistics import bootstrap_mean, wilson
-from minicpgd.experiments.tables import healthy_share, named_runs, percent, rate_name, reused
+from minicpgd.experiments.tables import best_first, healthy_share, named_runs, percent, rate_name, reused
 from minicpgd.plots import style
 from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, interval, line_style, styled
 
@@ -94,7 +94,7 @@ def endurance_fates(folder: Path) -> Figure:
 def stabilisers_price(folder: Path) -> Figure:
     """Each remedy's healthy share of the map; at K = 64 its accuracy, per rollout and per second, and its updates."""
     table, hard = _table(folder), reused(folder)
-    order = table.groupby("name")["healthy"].mean().sort_values(kind="stable").index
+    order = best_first(table, hard)[::-1]
     setting = f"K = {table['updates_per_rollout'].max()}, {rate_name(hard['learning_rate'].iloc[0])}"
     figure = Figure(figsize=(10, 1.6 + 0.27 * len(order)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
@@ -133,7 +133,7 @@ def map_heat(folder: Path) -> Figure:
             ink = "white" if value < 0.5 else "black"
             axis.text(x, y + 0.12, f"{value:.2f}", ha="center", va="center", color=ink, weight="bold", size=10.5)
             if n := int(collapsed.to_numpy()[y, x]):
-                axis.text(x, y - 0.26, f"{n} fell", ha="center", va="center", color=ink, size=8.5)
+                axis.text(x, y - 0.26, f"{n} collapsed", ha="center", va="center", color=ink, size=8.5)
         axis.set_title(f"{name}\nhealthy {percent(healthy_share(rows))}", size=10.5)
         axis.set_xticks(range(accuracy.shape[1]), map(rate_name, accuracy.columns))
         axis.set_yticks(range(accuracy.shape[0]), accuracy.index)
