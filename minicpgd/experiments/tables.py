@@ -182,22 +182,24 @@ def tolerated_text(runs: pd.DataFrame) -> str:
 
 
 def reused(folder: Path) -> pd.DataFrame:
-    """The runs of `stabilisers` at the largest K and a middling rate, with `seconds` and two accuracies.
+    """The runs of `stabilisers` at the largest K and a middling rate, with `cost` and two accuracies.
 
-    `seconds` are those of the remedy's fastest seed, since other work on a machine makes a run slower. `accuracy_final`
-    is that after all rollouts, and `accuracy_in_time` that of the last evaluation within the seconds that GRPO with the
-    stop takes for all its rollouts. The steps of a run are taken as equally long.
+    The `cost` of a run is in seconds: its rollouts and its updates, each at the median of the whole study, since the
+    clock of a single run depends on what else a machine does. `accuracy_final` is that after all rollouts, and
+    `accuracy_in_time` that of the last evaluation before a run costs as much as GRPO with the stop does in the end.
     """
     table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
-    seconds = pd.read_csv(folder / "seconds.csv").set_index("run").sum(axis=1)
-    table = table.assign(name=setting_names(table, REMEDIES), seconds=table["run"].map(seconds))
+    clock = pd.read_csv(folder / "seconds.csv").merge(table.drop_duplicates("run"), on="run").query("updates_mean >= 1")
+    rollouts = clock["run"].map(steps.groupby("run")["step"].max())
+    a_rollout = (clock["rollout_seconds"] / rollouts).median()
+    an_update = (clock["update_seconds"] / rollouts / clock["updates_mean"]).median()
+    steps = steps.assign(cost=steps["step"] * a_rollout + steps.groupby("run")["updates"].cumsum() * an_update)
+    table = table.assign(name=setting_names(table, REMEDIES))
     rates, k = np.unique(table["learning_rate"]), table["updates_per_rollout"].max()
     runs = table[(table["learning_rate"] == rates[(len(rates) - 1) // 2]) & (table["updates_per_rollout"] == k)]
-    runs = runs.assign(seconds=runs.groupby("name")["seconds"].transform("min"))
-    budget = runs.loc[runs["name"] == "GRPO, stop 0.003", "seconds"].min()
-    steps = steps.assign(share=steps["step"] / steps.groupby("run")["step"].transform("max"))
-    evaluated = steps.dropna(subset="eval_accuracy").merge(runs[["run", "seconds"]], on="run")
-    in_time = evaluated[evaluated["share"] * evaluated["seconds"] <= budget]
+    runs = runs.assign(cost=runs["run"].map(steps.groupby("run")["cost"].max()))
+    budget = runs.loc[runs["name"] == "GRPO, stop 0.003", "cost"].max()
+    in_time = steps[(steps["cost"].fillna(0) <= budget) & steps["eval_accuracy"].notna()]
     return runs.assign(accuracy_in_time=runs["run"].map(in_time.groupby("run")["eval_accuracy"].last()))
 
 
@@ -215,7 +217,7 @@ def stabilisers_summary(folder: Path) -> pd.DataFrame:
     table = table.assign(name=setting_names(table, REMEDIES))
     largest, rate = table["updates_per_rollout"].max(), rate_name(at_one_rate["learning_rate"].iloc[0])
     hardest = dict(iter(at_one_rate.groupby("name")))
-    usual = hardest["GRPO"]["seconds"].min()
+    usual = hardest["GRPO"]["cost"].mean()
     rows = []
     for remedy in best_first(table, at_one_rate):
         runs, hard = table[table["name"] == remedy], hardest[remedy]
@@ -225,7 +227,7 @@ def stabilisers_summary(folder: Path) -> pd.DataFrame:
         row[f"K = {largest}, {rate}: accuracy"] = mean_text(hard["accuracy_final"])
         row["in the time of the stop"] = mean_text(hard["accuracy_in_time"])
         row["updates per rollout"] = f"{hard['updates_mean'].mean():.1f}"
-        row["time, GRPO = 1"] = f"{hard['seconds'].min() / usual:.2f}"
+        row["time, GRPO = 1"] = f"{hard['cost'].mean() / usual:.2f}"
         rows.append(row)
     return pd.DataFrame(rows)
 

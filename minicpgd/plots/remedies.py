@@ -120,7 +120,7 @@ def map_heat(folder: Path) -> Figure:
     """A map of learning rate x K for eight remedies: final accuracy as colour and number; how many seeds collapsed."""
     table = _table(folder)
     remedies = [name for name in MAPPED if name in set(table["name"])]
-    n_rows = -(-len(remedies) // 4)
+    n_rows, seeds = -(-len(remedies) // 4), table["seed"].nunique()
     figure = Figure(figsize=(10, 0.5 + 2.7 * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, -(-len(remedies) // n_rows), sharex=True, sharey=True, squeeze=False)
     for axis, name in zip(axes.flat, remedies, strict=False):
@@ -133,7 +133,7 @@ def map_heat(folder: Path) -> Figure:
             ink = "white" if value < 0.5 else "black"
             axis.text(x, y + 0.12, f"{value:.2f}", ha="center", va="center", color=ink, weight="bold", size=10.5)
             if n := int(collapsed.to_numpy()[y, x]):
-                axis.text(x, y - 0.26, f"{n} collapsed", ha="center", va="center", color=ink, size=8.5)
+                axis.text(x, y - 0.26, f"{n} of {seeds}", ha="center", va="center", color=ink, size=8.5)
         axis.set_title(f"{name}\nhealthy {percent(healthy_share(rows))}", size=10.5)
         axis.set_xticks(range(accuracy.shape[1]), map(rate_name, accuracy.columns))
         axis.set_yticks(range(accuracy.shape[0]), accuracy.index)
@@ -141,7 +141,7 @@ def map_heat(folder: Path) -> Figure:
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
     figure.supylabel("K, updates per rollout", size=10.5)
-    figure.supxlabel("learning rate", size=10.5)
+    figure.supxlabel("learning rate     (small numbers: how many seeds collapsed)", size=10.5)
     figure.colorbar(image, ax=axes, label=ACCURACY, pad=0.01, aspect=14 * n_rows)
     return figure
 
@@ -180,7 +180,8 @@ def rollout_passes(folder: Path, *, step: int = 1) -> Figure:
     axes[0, 0].yaxis.set_minor_locator(NullLocator())
     figure.legend(handles=style.ribbon_legend(), loc="outside upper right", ncols=3)
     axes[2, -1].legend(handlelength=3, fontsize=9)
-    figure.supxlabel("pass over the same rollout (4 updates each)", size=10.5)
+    setting = f"K = {k}, learning rate {rate_name(table['learning_rate'].iloc[0])}"
+    figure.supxlabel(f"pass over the same rollout, 4 updates each ({setting})", size=10.5)
     return figure
 
 

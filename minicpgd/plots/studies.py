@@ -44,7 +44,7 @@ def fair_search(folder: Path) -> Figure:
             values = report.loc[report["algorithm"] == algorithm, metric]
             axis.plot(values, [-i] * len(values), line_style(i).marker, color=COLOURS[i], alpha=0.35, markersize=5)
             interval(axis, -i, bootstrap_mean(values), COLOURS[i], line_style(i).marker)
-        axis.set(xlabel=f"fresh seeds: {unit}", yticks=[-i for i in range(len(algorithms))], xlim=(0, 1.02))
+        axis.set(xlabel=f"fresh seeds: {unit}", yticks=[-i for i in range(len(algorithms))])
         axis.set_yticklabels([display_name(a) for a in algorithms])
         axis.margins(y=0.2)
     return figure
@@ -76,5 +76,5 @@ def warning_signals(folder: Path) -> Figure:
     axis.set_yticks(range(len(table)), names)
     axis.set(xlim=(-0.02, 1.02), xlabel="share of the runs that the rule was not fitted on")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    figure.legend(loc="outside upper left", ncols=5, handletextpad=0.2, columnspacing=1.2)
+    figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)
     return figure
