@@ -4,7 +4,8 @@
 # CPGD (Clipped Policy Gradient Optimization with Policy Drift, [arXiv 2505.12504](https://arxiv.org/abs/2505.12504))
 # trains a language model on rewards that a rule computes. The model samples several responses to each prompt, and an
 # update raises the log-probability of the responses whose reward exceeds the mean of their group. It lowers that of the
-# responses below the mean. A clip and a drift penalty keep the new policy close to the policy that sampled.
+# responses below the mean. A clip takes away a token's own gradient once it has moved far enough, and a drift penalty
+# pulls it back towards the policy that sampled.
 #
 # This page implements all of it in plain PyTorch and transformers. It trains a tiny model on one CPU core in less than
 # a minute. It imports two things from minicpgd: the task, and the path of the model.

@@ -255,13 +255,13 @@ for row, t in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 1), (6, 0)):
 # - **`4` in answer 0** has a ratio above 1.2 and is clipped, so its surrogate has no gradient. Yet the token does not
 #   stand still: the drift lowers its probability again.
 # - **`7` in answer 1** has a ratio of 2.25, far beyond the clip's bound. A clip bounds the objective, not the ratio. It
-#   removes the token's own gradient, but other tokens and the optimizer's momentum can move the token further. Only the
-#   drift counteracts that.
+#   removes the token's own gradient, but other tokens and the optimizer's momentum can move the token further. Of the
+#   loss's terms only the drift counteracts that.
 # - **`#`** has the same d in answers 0 and 2, and only one of the two is clipped. With A > 0 a ratio below 0.8 is a
 #   mistake, so the surrogate keeps its full gradient. With A < 0 it is the intended result. The `min` makes this
 #   distinction.
 # - **`1` in answer 2** was beyond the bound after the first update, and is within it now.
-# - **`6` in answer 6** has no advantage. The drift still keeps it near its old probability.
+# - **`6` in answer 6** has no advantage. The drift still pulls it towards its old probability.
 #
 # In the surrogates of PPO and GRPO the gradient is r · A in place of A. Notebook 2 draws the two side by side.
 #
@@ -320,8 +320,8 @@ plt.show()
 # %% [markdown]
 # A worked answer is right more often than a guess, so working becomes likelier, and answers grow from 8 tokens to about
 # 30. Nobody rewarded length; a reward of 0 or 1 was enough. With seed 0 the reward decreased before it increased,
-#     because its first rollout was a lucky one. (With only eight updates per rollout, as here, other algorithms learn
-#     this as well and as fast. They differ when K is larger; see [notebook 4](04_collapse_of_baselines.ipynb).)
+# because its first rollout was a lucky one. (With few updates per rollout other algorithms learn this, too, and sooner
+# than with so large an α. With 64 updates all of them need a stop; see [notebook 4](04_collapse_of_baselines.ipynb).)
 #
 # ## Exercises
 #

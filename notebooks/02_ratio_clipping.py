@@ -317,8 +317,8 @@ for rate in (1e-4, 1e-3):
 # Does the factor r matter in whole runs? [The map of the
 # results](../docs/results.md#1-the-map-every-remedy-and-its-price) has them, over learning rates and K. GRPO is healthy
 # on about half of it, and so are GRPO with dual clip and `cpg`, without any r (there it is "CPGD, α = 0"). So the
-# factor r does not matter there. What matters is how far the policy moves in a rollout. The drift, the subject of
-# [notebook 3](03_kl_drift.ipynb), limits that if α is large; a stop at a KL limits it for fewer updates.
+# map shows no effect of the factor r. What helps there is to limit how far the policy moves in a rollout. The drift,
+# the subject of [notebook 3](03_kl_drift.ipynb), does that if α is large; a stop at a KL does it with fewer updates.
 #
 # ## Exercises
 #

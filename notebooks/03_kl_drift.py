@@ -333,7 +333,7 @@ plt.show()
 #
 # `drift_coef="max_advantage"` sets α = max |A| for each rollout, which is never below −min A. If the largest |A| of a
 # rollout belongs to a negative A, then α equals −min A. This rule is the package's, not the paper's. It was the
-# package's first default, and is no longer: [in long runs with few updates per rollout it destroys a
+# package's first default, and is no longer: [in long runs with few updates per rollout it harms a
 # policy](../docs/default.md).
 #
 # ## 6. α in a real policy

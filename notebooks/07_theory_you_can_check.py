@@ -261,7 +261,8 @@ assert torch.allclose(clipped[1:7] / clipped[:6], torch.tensor(1.2), atol=0.02)
 # With the clip the share grows only by factors of 1.2 at first, however many updates CPGD makes. So the clip makes it
 # slow, by construction. Here that is only a cost: $A$ is exact, and the right answers deserve to double. In training,
 # $A$ comes from a few samples. An answer may get a large $A$ by luck, and without the clip its probability would double
-# as well. The clip limits this error to a factor of about 1.2. Only there can it be worth its cost.
+# as well. In this exact setting the clip limits it to a factor of about 1.2; in training it only takes away the
+# answer's own gradient from there. Only there can it be worth its cost.
 #
 # ### The same bound on a real rollout
 #
@@ -291,7 +292,7 @@ for seed in range(SEEDS):
 # cover them. Is `max_advantage` safe there? By claim 5 the objective stays bounded, but without a clip nothing keeps
 # the worst answer's ratio away from 0. With the clip of `cpgd` something does: below $r = 0.8$ that answer's
 # surrogate has no gradient, and the drift raises its probability again. This concerns one rollout and exact
-# expectations. It does not make the rule safe in a long run with 4 updates per rollout: [there it destroys a
+# expectations. It does not make the rule safe in a long run with 4 updates per rollout: [there it harms a
 # policy](../docs/default.md).
 #
 # ## 4. At the clip's bound
@@ -533,8 +534,8 @@ if COPIES == 32:
 # `pgd`, the drift without the clip, learns faster than `cpgd` and ends as high or a little higher: by 0.03 to 0.06 in
 # the aggressive bandit, and by 0.005 in the gentle maze. In the aggressive maze it is once higher by 0.04, beyond the
 # interval, and twice undecided. That is evidence against CPGD's clip here. Section 3 explains it: the clip costs speed,
-# and here the drift is enough. The language model shows no such thing: a large drift with the clip ruins long runs
-# there ([the choice of the default](../docs/default.md)).
+# and here the drift is enough. On the language model a large drift with the clip harms long runs, and a wider clip
+# takes most of the harm away ([the choice of the default](../docs/default.md)); `pgd` has no published runs there.
 #
 # In every rollout of `cpgd` and `pgd` some group of the 128 had a single success or failure, so α was $7/\sqrt{8} =
 # 2.47$, the largest possible with G = 8. So `max_advantage` does not adapt here. It is a fixed α, larger than many a

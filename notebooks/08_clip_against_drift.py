@@ -157,8 +157,8 @@ assert many[1.0, False].median() > many[0.0, False].median()
 
 # %% [markdown]
 # Without the drift 37 % of the failed tokens end below 0.5, and 89 % below the bound. Their own clip acts at 0.8, so
-# the updates for other tokens took them further. With the drift none ends below 0.5, and half of them end above the
-# bound: below it, α(1 − r) answers each further push. With 64 updates there are many such pushes.
+# updates for other tokens, or momentum, took them further. With the drift none ends below 0.5, and half of them end
+# above the bound: below it, α(1 − r) answers each further push. With 64 updates there are many such pushes.
 #
 # ## 4. Two fates
 #
@@ -166,7 +166,7 @@ assert many[1.0, False].median() > many[0.0, False].median()
 # cell reads its committed logs. Its upper part is the figure of section 1. Below it, on the left, are runs of 500
 # rollouts with K = 4; on the right runs of 20 rollouts with K = 64. Thin lines are seeds, thick lines their mean.
 #
-# **Predict.** "max advantage" is α = the largest |A| of each rollout, about 2.5. Which of the three curves decays on
+# **Predict.** "max advantage" is α = the largest |A| of each rollout, about 2.3. Which of the three curves decays on
 # the left? Which one on the right?
 
 # %%
@@ -174,9 +174,10 @@ plots.clip_against_drift(RESULTS)
 
 # %% [markdown]
 # On the left, "max advantage" decays with every seed, and the other two do not. On the right it falls less than
-# "paper", which hardly has a drift. So one force has two fates. With 4 updates little needs to be held back, and with
-# the drift less is taken off failures. With 64 it holds clipped tokens where the clip left them. The third curve, the
-# package's default, does well in both. Its α is 0.01, so its drift hardly acts.
+# "paper", which hardly has a drift. So the same drift harms in 500 rollouts at K = 4, and helps in 20 at K = 64. Reuse
+# and length changed together, so this does not say which decides. Sections 2 and 3 suggest a reason: with 4 updates
+# less is taken off failures, and with 64 it holds clipped tokens. The third curve, the package's default, does well in
+# both. Its α is 0.01, so its drift hardly acts.
 #
 # ## 5. A stop in place of a spring
 #
@@ -201,8 +202,9 @@ default_summary(RESULTS).set_index("setting")
 # **Proved**, by the derivative of the objective: beyond the clip the drift acts alone, towards r = 1
 # (`tests/test_gradients.py` compares it with a gradient by hand).
 #
-# **Measured**, on this model and this task: the drift lets failed tokens fall less (sections 2 and 3), large α destroys
-# long runs at K = 4, and protects short ones at K = 64 (section 4); with a small α, a stop protects both (section 5).
+# **Measured**, on this model and this task: the drift lets failed tokens fall less (sections 2 and 3), large α harms
+# long runs at K = 4, and protects short ones at K = 64 (section 4); with a small α and a stop both stay healthy
+# (section 5).
 #
 # **Guessed**: that the tokens of section 2 are the whole cause of the decay in section 4. [The
 # page](../docs/default.md#why-can-a-pull-towards-the-old-policy-destroy-a-policy) has the experiments that test it, and

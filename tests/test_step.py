@@ -228,8 +228,8 @@ def test_a_reward_function_is_told_the_tokens_and_the_step_and_what_it_logs_is_k
     monkeypatch.syspath_prepend(tmp_path)
     _, columns, samples = load_run(train(small(reward="rewards_told:told", logging_steps=1)))
     assert columns["reward/step"][1:].tolist() == [1, 2, 3]
-    assert [row["reward"] is None for row in samples] == [True, False, False, False] * 3
-    assert [row["advantage"] == 0 for row in samples[::4]] == [True] * 3
+    assert [row["reward"] is None for row in samples] == [True, False, False, False] * 6
+    assert [row["advantage"] == 0 for row in samples[::4]] == [True] * 6
     assert all(row["extra"]["seen"] == "<class 'object'>" for row in samples)
     assert all(row["reward"] in (None, row["extra"]["tokens"]) for row in samples)
     assert (columns["reward"][1:] > 1).all()

@@ -119,7 +119,8 @@ def warning_summary(folder: Path) -> pd.DataFrame:
         row = {"metric": found["signal"], "alarm": f"{found['fires']} {found['threshold']:.3g}"}
         for column, name in shares.items():
             row[column] = percent(Estimate(found[f"{name}_share"], found[f"{name}_low"], found[f"{name}_high"]))
-        rows.append(row | {"steps before the collapse, median": f"{found['lead_median']:g}"})
+        lead = "" if np.isnan(found["lead_median"]) else f"{found['lead_median']:g}"
+        rows.append(row | {"steps before the collapse, median": lead})
     return pd.DataFrame(rows)
 
 

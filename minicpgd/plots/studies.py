@@ -68,7 +68,8 @@ def warning_signals(folder: Path) -> Figure:
         for shift, (kind, _, colour, marker) in zip((0.32, 0.16, 0, -0.16, -0.32), kinds, strict=True):
             estimate = Estimate(row[f"{kind}_share"], row[f"{kind}_low"], row[f"{kind}_high"])
             interval(axis, y + shift, estimate, colour, marker)
-        axis.text(1.03, y, f"{row['lead_median']:g}", va="center")
+        if not np.isnan(row["lead_median"]):
+            axis.text(1.03, y, f"{row['lead_median']:g}", va="center")
     axis.text(1.03, len(table) - 0.35, "steps before\nthe fall\n(median)", va="bottom", size=9)
     for _, label, colour, marker in kinds:
         axis.plot([], [], marker, color=colour, label=label, markersize=8)
