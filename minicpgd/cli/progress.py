@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 console = Console(highlight=False, markup=False, soft_wrap=True)  # A path may have brackets.
@@ -36,10 +36,10 @@ class Bars:
 
     def __init__(self, names: Sequence[str], total: int, unit: str = ""):
         done = TextColumn("{task.completed:3.0f}" + unit) if unit else MofNCompleteColumn()
-        bar = (TextColumn("{task.description:<12}"), BarColumn(24), done)
-        clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        bar = (TextColumn("{task.description}"), BarColumn(10), done)
+        left = (TextColumn("left"), TimeRemainingColumn())  # All of it fits into 80 columns.
         note = TextColumn("{task.fields[note]}")
-        self.progress = Progress(*bar, *clocks, note, console=console, disable=not console.is_terminal)
+        self.progress = Progress(*bar, *left, note, console=console, disable=not console.is_terminal)
         self.names, self.total, self.unit = list(names), total, unit
         self.printed: dict[int, tuple[float, float]] = {}  # Each bar's newest plain line has a time and a position.
         self.first: dict[int, tuple[float, float]] = {}  # A bar's clock starts at its first update.

@@ -70,7 +70,7 @@ def demo(seed: int = 0, folder: Path = Path("runs/demo"), max_steps: int = 20, n
     console.print(f"runs    {chosen}/")
     program = sys.argv[0] if sys.argv[0].endswith("minicpgd") else "minicpgd"
     console.print(f"next    {program} sample {shlex.quote(str(folders[0]))}   shows what the first policy writes now;")
-    console.print("        minicpgd/algorithms/table.py is the table with these four algorithms.")
+    console.print("        docs/results.md has the same question with hundreds of runs.")
 
 
 def _print_outcomes(configs: Sequence[TrainConfig], labels: Sequence[str]) -> None:
@@ -93,7 +93,8 @@ def _print_outcomes(configs: Sequence[TrainConfig], labels: Sequence[str]) -> No
     console.print(
         "\nAccuracy: greedy, on 256 held-out problems. Reward: of sampled responses, before training and in\n"
         "the last 10 steps. Collapsed: that is below half of its best over any 10 in a row, or below the\n"
-        "reward before training. KL: to the policy that sampled, in nats per token. Updates: per rollout.\n"
+        "reward before training. KL: to the policy that sampled, in nats per token; a stop acts after an\n"
+        "update, so it may be exceeded. Updates: per rollout. Seconds depend on what else runs.\n"
     )
 
 

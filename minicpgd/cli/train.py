@@ -63,7 +63,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> None:
             note = f"reward {metrics['reward']:.2f}  length {metrics['completion_length']:.0f}"
             measure = "accuracy" if config.reward is None else "reward"
             if (value := metrics.get(f"eval_{measure}")) is not None:
-                note += f"  held-out {measure} {value:.2f}"
+                note += f"  eval {measure} {value:.2f}"
             bars.update(0, step, note)
 
         def on_first_look(look: FirstLook) -> None:
