@@ -123,7 +123,7 @@ def load_traces(folders: list[Path]) -> tuple[list[Trace], list[Trace]]:
 
 
 def _guard(run: pd.Series) -> str:
-    if pd.notna(run.get("target_kl")) and run["drift_coef"] != "adaptive":  # For adaptive the number is an aim.
+    if pd.notna(run.get("target_kl")) and run.get("drift_coef") != "adaptive":  # For adaptive the number is an aim.
         return "stop"
     return "drift" if ALGORITHMS[run["algorithm"]].drift and run["drift_coef_mean"] >= LARGE else "neither"
 
