@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 from metric_figures import UNITS, Traces, load_metric, metric_traces
 
+from minicpgd.config import TrainConfig
 from minicpgd.experiments.catalogue import demo_configs
 from minicpgd.experiments.early_warning import collapse_step
 from minicpgd.experiments.outcome import collapsed, outcome
@@ -269,9 +270,13 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
+def _demo_configs() -> list[list[TrainConfig]]:
+    return [demo_configs(ROOT / "results" / "demo" / f"seed{seed}", seed) for seed in DEMO_SEEDS]
+
+
 def demo() -> pd.DataFrame:
     """The runs of the demo, a row each, with the values of the seeds in order."""
-    by_seed = [demo_configs(ROOT / "results" / "demo" / f"seed{seed}", seed) for seed in DEMO_SEEDS]
+    by_seed = _demo_configs()
     rows = []
     for label, *configs in zip(run_labels(by_seed[0]), *by_seed, strict=True):
         rewards = [load_run(config.folder).metrics["reward"][-5:].mean() for config in configs]
@@ -291,8 +296,7 @@ def demo() -> pd.DataFrame:
 
 @cache
 def _demo() -> list[tuple[Path, bool, bool, int]]:
-    configs = [c for s in DEMO_SEEDS for c in demo_configs(ROOT / "results" / "demo" / f"seed{s}", s)]
-    folders = [config.folder for config in configs]
+    folders = [config.folder for configs in _demo_configs() for config in configs]
     outcomes = [outcome(folder) for folder in folders]
     falls = [collapse_step(load_run(folder).metrics["reward"]) for folder in folders]
     return [(f, o.collapsed, o.healthy, fall) for f, o, fall in zip(folders, outcomes, falls, strict=True)]

@@ -24,11 +24,12 @@ import pandas as pd
 
 from minicpgd import TrainConfig, load_run, plots, train
 from minicpgd.algorithms import k3
-from minicpgd.experiments.catalogue import BASE, HARD
+from minicpgd.experiments.catalogue import HARD
 from minicpgd.experiments.early_warning import Rule, collapse_step, first_alarm, judge, load_traces
 from minicpgd.experiments.endurance import REMEDIES
+from minicpgd.experiments.runner import BASE
 from minicpgd.experiments.statistics import wilson
-from minicpgd.experiments.tables import fair_summary, named_runs, percent, stabilisers_summary
+from minicpgd.experiments.tables import fair_summary, hard_cell, named_table, percent, stabilisers_summary
 from minicpgd.models import quiet
 from minicpgd.plots.style import COLOURS, STYLE, line_style, ribbons
 from minicpgd.training import Callbacks, Learner, seed_step
@@ -141,10 +142,11 @@ for name, path in runs.items():
     metrics = load_run(path).metrics
     accuracy = metrics["eval_accuracy"][~np.isnan(metrics["eval_accuracy"])]
     print(f"{name:<13} greedy accuracy {accuracy.round(2)}  collapse step {collapse_step(metrics['reward']):.0f}")
+    print(f"{'':<13} updates of each step {metrics['updates'][1:].astype(int)}")
     assert STEPS < 8 or np.isnan(collapse_step(metrics["reward"])) == (name == "cpgd")
 
 # %%
-table = named_runs(RESULTS / "stabilisers", REMEDIES).query("updates_per_rollout == 64 and learning_rate == 1e-4")
+table = hard_cell(named_table(RESULTS / "stabilisers"))  # K = 64 and a learning rate of 1e-4
 steps = pd.read_csv(RESULTS / "stabilisers/steps.csv.gz").merge(table[["run", "name", "seed", "collapsed"]], on="run")
 for name in ("REINFORCE++", "GRPO", "RLOO", "CPGD, α = 0.01", "CPGD, default", "GRPO, stop 0.003"):
     seeds = steps[steps["name"] == name].groupby("seed")
@@ -423,7 +425,7 @@ for name, traces in groups.items():
     print(f"false alarms {found['false_alarms']} of {found['not_collapsed']}")
 # With neither it announces one more collapse, and raises an alarm in 46 of the 65 other runs. A single token often has
 # an extreme ratio. A rule that always raises an alarm announces every collapse.
-assert judge(other, groups["neither"])["false_alarms"] > judge(rule, groups["neither"])["false_alarms"]
+assert judge(other, groups["neither"])["false_alarms"] > 2 * judge(rule, groups["neither"])["false_alarms"]
 
 # %% solution
 # Solution 2
@@ -439,11 +441,10 @@ assert right < 0.15
 # %% solution
 # Solution 3
 SEEDS = (3, 4, 5)  # fast: (3,)
-MAX_A = {"drift_coef": "max_advantage", "target_kl": None}
 STARTS = {
     "REINFORCE++": REMEDIES["REINFORCE++"],
     "REINFORCE++, stop": REMEDIES["REINFORCE++"] | {"target_kl": 0.003},
-    "REINFORCE++, drift": {"algorithm": "reinforce_pp_drift", **MAX_A},
+    "REINFORCE++, drift": {"algorithm": "reinforce_pp_drift", "drift_coef": "max_advantage", "target_kl": None},
     "CPGD, α = 0.01": REMEDIES["CPGD, α = 0.01"],
     "CPGD, default": REMEDIES["CPGD, default"],
 }

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ from minicpgd.experiments.endurance import (
 from minicpgd.experiments.outcome import collapsed, first_fall, outcome, window_means
 from minicpgd.experiments.runner import _check_same, _finish
 from minicpgd.experiments.statistics import bootstrap_mean, wilson
-from minicpgd.experiments.tables import fair_summary, stabilisers_summary, tolerated_rate
+from minicpgd.experiments.tables import fair_summary, named_table, stabilisers_summary, tolerated_rate
 from minicpgd.recipes import save_config
 from minicpgd.training import Callbacks
 from minicpgd.training.run_folder import resolved
@@ -305,9 +306,10 @@ def test_the_studies_have_the_settings_that_they_announce(tmp_path):
     for study in (*STUDIES.values(), *QUICK.values()):
         for config in study.runs(study.parts[0], pd.DataFrame(), tmp_path)["config"]:
             assert config.num_responses == 64  # All have rollouts of one size.
+    endurance = STUDIES["endurance"]
     steps = {
-        p.name: {c.max_steps for c in STUDIES["endurance"].runs(p, pd.DataFrame(), tmp_path)["config"]}
-        for p in STUDIES["endurance"].parts
+        part.name: {c.max_steps for c in endurance.runs(part, pd.DataFrame(), tmp_path)["config"]}
+        for part in endurance.parts
     }
     assert steps == {"K = 4": {500}, "K = 8": {500}, "Figure 1": {500}, "K = 64": {100}}
 
@@ -372,6 +374,13 @@ def test_the_warning_study_needs_runs_of_other_studies(uninterrupted, tmp_path):
         warning_study(tmp_path, tmp_path / "warning")
 
 
+def test_the_warning_study_reads_one_study_alone(tmp_path):
+    """The race has no column for the drift's coefficient."""
+    shutil.copytree(Path(__file__).parent.parent / "results" / "fair", tmp_path / "fair")
+    with pytest.raises(UserError, match="too few runs"):  # With odd seeds no run collapsed.
+        warning_study(tmp_path, tmp_path / "warning")
+
+
 def test_the_command_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     """It makes one cell of the map with two seeds, in one worker. The figures show the numbers of the table."""
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -388,8 +397,7 @@ def test_the_command_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     for name in ("study.csv", "map.png", "stabilisers.png", "passes.png"):
         assert str(folder / name) in out
         assert (folder / name).stat().st_size > 1000
-    table = pd.read_csv(folder / "study.csv")
-    table = table.assign(name=setting_names(table, REMEDIES))
+    table = named_table(folder)
     heat = {axis.get_title(loc="left").split("\n")[0]: axis for axis in plots.map_heat(folder).axes if axis.texts}
     assert heat.keys() == {*names}
     for name, rows in table.groupby("name"):
@@ -446,9 +454,8 @@ def test_the_summary_of_the_stabilisers_agrees_with_one_by_hand(tmp_path):
         {"run": table["run"], "rollout_seconds": 20.0, "update_seconds": np.where(is_stop, 12.0, 128.0)}
     )
     seconds.to_csv(tmp_path / "seconds.csv", index=False)
-    updates = dict(
-        zip(table["run"], np.where(is_stop, 6.0, 64.0), strict=True)
-    )  # A rollout costs as much as 10 updates.
+    # A rollout costs as much as 10 updates.
+    updates = dict(zip(table["run"], np.where(is_stop, 6.0, 64.0), strict=True))
     steps = [
         {"run": run, "step": step, "updates": updates[run] if step else None, "eval_accuracy": step / 20}
         for run in table["run"]
@@ -462,6 +469,5 @@ def test_the_summary_of_the_stabilisers_agrees_with_one_by_hand(tmp_path):
     assert summary["updates per rollout"].tolist() == ["6.0", "64.0"]
     assert summary["time, GRPO = 1"].tolist() == ["0.22", "1.00"]
     assert summary["learning rate tolerated, K = 64"].tolist() == ["≥ 3.0e-4", "≤ 1.0e-4"]
-    assert [label.get_text() for label in plots.stabilisers_price(tmp_path).axes[0].get_yticklabels()][
-        -1
-    ] == "GRPO, stop 0.003"
+    names = plots.stabilisers_price(tmp_path).axes[0].get_yticklabels()
+    assert names[-1].get_text() == "GRPO, stop 0.003"

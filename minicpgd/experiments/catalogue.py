@@ -16,7 +16,7 @@ import pandas as pd
 from minicpgd.config import TrainConfig
 from minicpgd.experiments.default_rule import default_study
 from minicpgd.experiments.endurance import endurance_study, stabilisers_study
-from minicpgd.experiments.runner import Part, Settings, Study
+from minicpgd.experiments.runner import BASE, Part, Settings, Study
 
 # The demo's setting was chosen because the difference shows: 64 updates on each rollout, at twice the default learning
 # rate, are far more than anyone recommends. The studies say where else it shows.
@@ -26,7 +26,6 @@ DEMO: Settings = {
 }  # fmt: skip
 QUICK_NAMES = ("GRPO", "CPGD, α = 0.01", "CPGD, α = max A", "GRPO, stop 0.003", "CPGD, default")
 FOUR = ("cpgd", "grpo", "rloo", "reinforce_pp")
-BASE: Settings = {"max_steps": 20, "num_prompts": 8, "num_generations": 8, "eval_steps": 2, "logging_steps": 5}
 HARD: Settings = {"learning_rate": 1e-4, "num_iterations": 16}  # This makes K = 64.
 
 
@@ -35,13 +34,10 @@ def demo_configs(folder: Path, seed: int = 0) -> list[TrainConfig]:
 
     Everything else is the same, and the default. Each run has a folder in `folder`.
     """
-    stopped = [
-        TrainConfig(algorithm=name, output_dir=str(folder / f"{name}_kl_stop"), seed=seed, **DEMO) for name in FOUR[:2]
-    ]
-    papers = [
-        TrainConfig(algorithm=name, output_dir=str(folder / name), seed=seed, target_kl=None, **DEMO) for name in FOUR
-    ]
-    return stopped + papers
+    stopped: dict[str, Settings] = {f"{name}_kl_stop": {"algorithm": name} for name in FOUR[:2]}
+    papers: dict[str, Settings] = {name: {"algorithm": name, "target_kl": None} for name in FOUR}
+    runs = (stopped | papers).items()
+    return [TrainConfig(**DEMO, **settings, seed=seed, output_dir=str(folder / name)) for name, settings in runs]
 
 
 def fair_study(

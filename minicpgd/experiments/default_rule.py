@@ -19,7 +19,7 @@ from itertools import product
 import pandas as pd
 
 from minicpgd.config import TrainConfig
-from minicpgd.experiments.runner import Part, Settings, Study
+from minicpgd.experiments.runner import BASE, Part, Settings, Study
 
 CANDIDATES: dict[str, Settings] = {
     "paper": {"algorithm": "cpgd", "drift_coef": 0.01, "target_kl": None},
@@ -99,6 +99,5 @@ def default_study(
         Part("long", seeds, at_length),
         Part("K = 64", seeds, lambda _: [SETTINGS[name] | reused for name in names]),
     ]
-    base: Settings = {"max_steps": 20, "num_prompts": 8, "num_generations": 8, "eval_steps": 2, "logging_steps": 5}
     asks = "Which drift, and which stop, keep CPGD as healthy as no drift at K = 4, and healthy on most of the map?"
-    return Study("default", asks, base, parts, log_every=5)
+    return Study("default", asks, BASE, parts, log_every=5)

@@ -10,7 +10,7 @@ In: nothing, or a smaller size. Out: a `Study`. `tables.py` and `plots/remedies.
 from collections.abc import Sequence
 from itertools import product
 
-from minicpgd.experiments.runner import Part, Settings, Study
+from minicpgd.experiments.runner import BASE, Part, Settings, Study
 
 
 def remedy(algorithm: str, target_kl: float | None = None, **settings: object) -> Settings:
@@ -54,7 +54,7 @@ ENDURING = (
     "GRPO, stop 0.003", "GRPO, decay", "CPGD, default, decay",
 )  # fmt: skip
 FIGURE_1 = ("GRPO, dual clip", "GRPO, drift α = 1", "CPGD without clip", "CPGD without both")
-ENDURING_REUSED = ("GRPO", "CPGD, α = 0.01", "CPGD, α = max A", "CPGD, default", "GRPO, stop 0.003", "GRPO, decay")
+TWO_PASSES = ("GRPO", "CPGD, α = 0.01", "CPGD, α = max A", "CPGD, default", "GRPO, stop 0.003", "GRPO, decay")
 REUSED = (
     "CPGD, default",
     "GRPO, stop 0.003",
@@ -86,7 +86,7 @@ def endurance_study(
 
     parts = [
         Part("K = 4", seeds, lambda _: grid(ENDURING, 1, rates)),
-        Part("K = 8", seeds[:3], lambda _: grid(ENDURING_REUSED, 2, rates)),
+        Part("K = 8", seeds[:3], lambda _: grid(TWO_PASSES, 2, rates)),
         Part("Figure 1", seeds, lambda _: grid(FIGURE_1, 1, rates[-1:])),
         Part("K = 64", seeds, lambda _: grid(REUSED, 16, rates[:1], reused_steps)),
     ]
@@ -107,6 +107,5 @@ def stabilisers_study(
         REMEDIES[name] | {"learning_rate": rate, "num_iterations": k // 4}
         for k, rate, name in product(updates, rates, names)
     ]
-    base: Settings = {"max_steps": max_steps, "num_prompts": 8, "num_generations": 8, "eval_steps": 2}
     asks = "Which remedy keeps most of the map healthy, and at what price?"
-    return Study("stabilisers", asks, base | {"logging_steps": 5}, [Part("map", seeds, lambda _: grid)])
+    return Study("stabilisers", asks, BASE | {"max_steps": max_steps}, [Part("map", seeds, lambda _: grid)])

@@ -38,9 +38,11 @@ from minicpgd.files import versions, write_atomically
 from minicpgd.models.policy import quiet
 from minicpgd.recipes import load_config
 from minicpgd.training.loop import train
-from minicpgd.training.run_folder import read_lines, resolved, run_seconds
+from minicpgd.training.run_folder import is_finished, read_lines, resolved, run_seconds
 
 Settings = dict[str, Any]
+# A run of a map: 20 rollouts of 8 problems x 8 responses.
+BASE: Settings = {"max_steps": 20, "num_prompts": 8, "num_generations": 8, "eval_steps": 2, "logging_steps": 5}
 
 
 class Part(NamedTuple):
@@ -187,7 +189,7 @@ def _check_same(config: TrainConfig) -> None:
 
 
 def _finished(config: TrainConfig) -> bool:
-    return (config.folder / config.weights_folder).is_dir() or (config.folder / DIVERGED).exists()
+    return is_finished(config.folder) or (config.folder / DIVERGED).exists()
 
 
 def _finish(config: TrainConfig) -> Path:

@@ -130,10 +130,16 @@ def late_accuracy(steps: pd.DataFrame) -> pd.Series:
     return late.groupby("run")["eval_accuracy"].mean()  # A step without an evaluation has NaN, which does not count.
 
 
-def named_runs(folder: Path, settings: dict[str, Settings]) -> pd.DataFrame:
-    """The runs of a study, each with the `name` of its setting and, as `late`, its `late_accuracy`."""
-    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
-    return table.assign(name=setting_names(table, settings), late=table["run"].map(late_accuracy(steps)))
+def named_table(folder: Path, settings: dict[str, Settings] = REMEDIES) -> pd.DataFrame:
+    """The runs of a study, each with the `name` of its setting."""
+    table = pd.read_csv(folder / "study.csv")
+    return table.assign(name=setting_names(table, settings))
+
+
+def named_runs(folder: Path, settings: dict[str, Settings] = REMEDIES) -> pd.DataFrame:
+    """The `named_table` of a study, with the `late_accuracy` of each run as `late`."""
+    table = named_table(folder, settings)
+    return table.assign(late=table["run"].map(late_accuracy(pd.read_csv(folder / "steps.csv.gz"))))
 
 
 def default_summary(folder: Path) -> pd.DataFrame:
@@ -165,7 +171,7 @@ def default_summary(folder: Path) -> pd.DataFrame:
 def endurance_summary(folder: Path) -> pd.DataFrame:
     """How many long runs of each remedy fell, and how many did not recover; accuracy over the last fifth."""
     rows = []
-    for (part, remedy), runs in named_runs(folder, REMEDIES).groupby(["part", "name"], sort=False):
+    for (part, remedy), runs in named_runs(folder).groupby(["part", "name"], sort=False):
         row = {"remedy": f"{remedy}, {part}"}
         for rate, cell in runs.groupby("learning_rate"):
             row[f"fell, lr {rate_name(rate)}"] = count_text(cell["fell"].notna())
@@ -182,22 +188,26 @@ def tolerated_text(runs: pd.DataFrame) -> str:
     return bound + geometric(tolerated, ".1e")
 
 
-def reused(folder: Path) -> pd.DataFrame:
-    """The runs of `stabilisers` at the largest K and a middling rate, with `cost` and two accuracies.
+def hard_cell(table: pd.DataFrame) -> pd.DataFrame:
+    """The runs of a map at the largest K and a middling learning rate."""
+    rates, k = np.unique(table["learning_rate"]), table["updates_per_rollout"].max()
+    return table[(table["learning_rate"] == rates[(len(rates) - 1) // 2]) & (table["updates_per_rollout"] == k)]
+
+
+def priced_runs(folder: Path) -> pd.DataFrame:
+    """The runs of `stabilisers` in the `hard_cell`, with `cost` and two accuracies.
 
     The `cost` of a run is in seconds: its rollouts and its updates, each at the median of the whole study, since the
     clock of a single run depends on what else a machine does. `accuracy_final` is that after all rollouts, and
     `accuracy_in_time` that of the last evaluation before a run costs as much as GRPO with the stop does in the end.
     """
-    table, steps = pd.read_csv(folder / "study.csv"), pd.read_csv(folder / "steps.csv.gz")
+    table, steps = named_table(folder), pd.read_csv(folder / "steps.csv.gz")
     clock = pd.read_csv(folder / "seconds.csv").merge(table.drop_duplicates("run"), on="run").query("updates_mean >= 1")
     rollouts = clock["run"].map(steps.groupby("run")["step"].max())
     a_rollout = (clock["rollout_seconds"] / rollouts).median()
     an_update = (clock["update_seconds"] / rollouts / clock["updates_mean"]).median()
     steps = steps.assign(cost=steps["step"] * a_rollout + steps.groupby("run")["updates"].cumsum() * an_update)
-    table = table.assign(name=setting_names(table, REMEDIES))
-    rates, k = np.unique(table["learning_rate"]), table["updates_per_rollout"].max()
-    runs = table[(table["learning_rate"] == rates[(len(rates) - 1) // 2]) & (table["updates_per_rollout"] == k)]
+    runs = hard_cell(table)
     runs = runs.assign(cost=runs["run"].map(steps.groupby("run")["cost"].max()))
     budget = runs.loc[runs["name"] == "GRPO, stop 0.003", "cost"].max()
     in_time = steps[(steps["cost"].fillna(0) <= budget) & steps["eval_accuracy"].notna()]
@@ -205,7 +215,7 @@ def reused(folder: Path) -> pd.DataFrame:
 
 
 def best_first(table: pd.DataFrame, hard: pd.DataFrame) -> list[str]:
-    """The names of the remedies, by healthy share of the map; among equals by accuracy in the `reused` runs."""
+    """The names of the remedies, by healthy share of the map; among equals by accuracy in the `hard_cell`."""
     means = pd.DataFrame(
         {"share": table.groupby("name")["healthy"].mean(), "hard": hard.groupby("name")["accuracy_final"].mean()}
     )
@@ -214,8 +224,7 @@ def best_first(table: pd.DataFrame, hard: pd.DataFrame) -> list[str]:
 
 def stabilisers_summary(folder: Path) -> pd.DataFrame:
     """The healthy share of the map of each remedy, the rate it tolerates at each K, and its price, best first."""
-    table, at_one_rate = pd.read_csv(folder / "study.csv"), reused(folder)
-    table = table.assign(name=setting_names(table, REMEDIES))
+    table, at_one_rate = named_table(folder), priced_runs(folder)
     largest, rate = table["updates_per_rollout"].max(), rate_name(at_one_rate["learning_rate"].iloc[0])
     hardest = dict(iter(at_one_rate.groupby("name")))
     usual = hardest["GRPO"]["cost"].mean()

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from minicpgd.algorithms import ALGORITHMS
-from minicpgd.experiments.default_rule import setting_names
-from minicpgd.experiments.tables import rate_name
+from minicpgd.experiments.default_rule import SETTINGS
+from minicpgd.experiments.tables import named_table, rate_name
 from minicpgd.plots.objectives import SHADE, objective_and_weight
 from minicpgd.plots.style import COLOURS, DASHES, RATIO, seeds, styled
 
@@ -29,8 +29,7 @@ LINES = {  # the settings that the lower panels show: colour, dashes, and the na
 @styled
 def clip_against_drift(folder: Path) -> Figure:
     """The force on a token over its ratio; below it the accuracy in long runs at K = 4, and in short ones at K = 64."""
-    table = pd.read_csv(folder / "study.csv")
-    table = table.assign(name=setting_names(table))
+    table = named_table(folder, SETTINGS)
     steps = pd.read_csv(folder / "steps.csv.gz").dropna(subset="eval_accuracy")
     figure = Figure(figsize=(10, 7.4), layout="constrained")
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(5, 6)))

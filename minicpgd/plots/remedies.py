@@ -11,10 +11,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from minicpgd.experiments.default_rule import setting_names
-from minicpgd.experiments.endurance import FIGURE_1, REMEDIES
+from minicpgd.experiments.endurance import FIGURE_1
 from minicpgd.experiments.statistics import bootstrap_mean, wilson
-from minicpgd.experiments.tables import best_first, healthy_share, named_runs, percent, rate_name, reused
+from minicpgd.experiments.tables import (
+    best_first,
+    hard_cell,
+    healthy_share,
+    named_runs,
+    named_table,
+    percent,
+    priced_runs,
+    rate_name,
+)  # fmt: skip
 from minicpgd.plots import style
 from minicpgd.plots.style import ACCURACY, COLOURS, DASHES, KL, interval, line_style, styled
 
@@ -30,7 +38,7 @@ def endurance_survival(folder: Path) -> Figure:
     """The share of long runs that has not fallen, over rollouts; below it each remedy's late accuracy and falls."""
     from scipy.stats import CensoredData, ecdf  # This import takes half a second.
 
-    table = named_runs(folder, REMEDIES)
+    table = named_runs(folder)
     long = table[table["part"].isin(["K = 4", "K = 8"])]
     figure = Figure(figsize=(10, 9), layout="constrained")
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(4, 5)))
@@ -68,7 +76,7 @@ def endurance_survival(folder: Path) -> Figure:
 @styled
 def endurance_fates(folder: Path) -> Figure:
     """Reward, length, ratios and clipped tokens over the run, at the largest rate at K = 4: the paper's Figure 1."""
-    table = _table(folder)
+    table = named_table(folder)
     rate = table["learning_rate"].max()
     chosen = table[table["part"].isin(["K = 4", "Figure 1"]) & (table["learning_rate"] == rate)]
     names = ("GRPO", "RLOO", "REINFORCE++", "CPGD, α = 0", "CPGD, α = 0.01", *FIGURE_1)
@@ -93,7 +101,7 @@ def endurance_fates(folder: Path) -> Figure:
 @styled
 def stabilisers_price(folder: Path) -> Figure:
     """Each remedy's healthy share of the map; at K = 64 its accuracy, per rollout and per second, and its updates."""
-    table, hard = _table(folder), reused(folder)
+    table, hard = named_table(folder), priced_runs(folder)
     order = best_first(table, hard)[::-1]
     setting = f"K = {table['updates_per_rollout'].max()}, {rate_name(hard['learning_rate'].iloc[0])}"
     figure = Figure(figsize=(10, 1.6 + 0.27 * len(order)), layout="constrained")
@@ -118,7 +126,7 @@ def stabilisers_price(folder: Path) -> Figure:
 @styled
 def map_heat(folder: Path) -> Figure:
     """A map of learning rate x K for eight remedies: final accuracy as colour and number; how many seeds collapsed."""
-    table = _table(folder)
+    table = named_table(folder)
     remedies = [name for name in MAPPED if name in set(table["name"])]
     n_rows, seeds = -(-len(remedies) // 4), table["seed"].nunique()
     figure = Figure(figsize=(10, 0.5 + 2.7 * n_rows), layout="constrained")
@@ -149,9 +157,7 @@ def map_heat(folder: Path) -> Figure:
 @styled
 def rollout_passes(folder: Path, *, step: int = 1) -> Figure:
     """Ratios, KL and clipped tokens over the passes of one rollout; at step 1 all start from the same policy."""
-    table = _table(folder)
-    k, rates = table["updates_per_rollout"].max(), np.unique(table["learning_rate"])
-    table = table[(table["updates_per_rollout"] == k) & (table["learning_rate"] == rates[(len(rates) - 1) // 2])]
+    table = hard_cell(named_table(folder))
     passes = pd.read_csv(folder / "passes.csv.gz").query(f"step == {step}").merge(table[["run", "name"]], on="run")
     colours = {
         "GRPO": COLOURS[1],
@@ -180,12 +186,7 @@ def rollout_passes(folder: Path, *, step: int = 1) -> Figure:
     axes[0, 0].yaxis.set_minor_locator(NullLocator())
     figure.legend(handles=style.ribbon_legend(), loc="outside upper right", ncols=3)
     axes[2, -1].legend(handlelength=3, fontsize=9)
-    setting = f"K = {k}, learning rate {rate_name(table['learning_rate'].iloc[0])}"
+    k, rate = table[["updates_per_rollout", "learning_rate"]].iloc[0]
+    setting = f"K = {k:g}, learning rate {rate_name(rate)}"
     figure.supxlabel(f"pass over the same rollout, 4 updates each ({setting})", size=10.5)
     return figure
-
-
-def _table(folder: Path) -> pd.DataFrame:
-    """The runs of a study, each with the name of its remedy."""
-    table = pd.read_csv(folder / "study.csv")
-    return table.assign(name=setting_names(table, REMEDIES))
